@@ -1,0 +1,72 @@
+"""What a sampler, an uncertainty or a metric sees of a model: `predict(x_t, t) -> Prediction`, never a network.
+
+A denoiser speaks of the noise and of the clean image at once; with x_t = lam_bar_t x_0 + sqrt(sigma2_bar_t) eps each
+follows from the other, E[x_0 | x_t] = (x_t - sqrt(sigma2_bar_t) E[eps | x_t]) / lam_bar_t (L22).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nn.backend import per_example
+
+
+class Prediction(NamedTuple):
+    """What a model says about x_t, all shaped as x_t: eps and x0 are means, the rest is None where it isn't modelled.
+
+    var_eps and var_x0 are a GDDM's variances of the noise and of x_0 (G04); v is an I-DDPM's second head (C05).
+    """
+
+    eps: Any
+    x0: Any
+    var_x0: Any = None
+    var_eps: Any = None
+    v: Any = None
+
+
+class Denoiser:
+    """A denoiser made of functions; models built on networks override `predict` and `vjp`.
+
+    Attributes
+    ----------
+    schedule : NoiseSchedule
+    evaluations, vjps : int
+        Forward and backward passes so far, counted in images: a batch of N counts N, however the images are stacked.
+        Divided by the number of samples, they are the price of a method.
+    """
+
+    def __init__(self, schedule, predict=None, vjp=None):
+        self.schedule, self._predict, self._vjp = schedule, predict, vjp
+        self.evaluations = self.vjps = 0
+
+    @classmethod
+    def from_eps(cls, fn, schedule, vjp=None):
+        """Wrap `fn(x_t, t)`, the predicted noise, and optionally `vjp(x_t, t, v)`, the row vectors v d fn/d x_t."""
+        def predict(x_t, t):
+            eps = fn(x_t, t)
+            noise, lam = per_example(np.sqrt(schedule.sigma2_bar[t]), x_t), per_example(schedule.lam_bar[t], x_t)
+            return Prediction(eps=eps, x0=(x_t - noise * eps) / lam)
+        return cls(schedule, predict, vjp)
+
+    @classmethod
+    def from_moments(cls, fn, schedule, vjp=None):
+        """Wrap `fn(x_t, t) -> (mean_x0, var_x0)`, both shaped as x_t; `vjp` as in `from_eps`."""
+        def predict(x_t, t):
+            x0, var_x0 = fn(x_t, t)
+            noise, lam = per_example(np.sqrt(schedule.sigma2_bar[t]), x_t), per_example(schedule.lam_bar[t], x_t)
+            return Prediction(eps=(x_t - lam * x0) / noise, x0=x0, var_x0=var_x0, var_eps=(lam / noise)**2 * var_x0)
+        return cls(schedule, predict, vjp)
+
+    def predict(self, x_t, t):
+        """Prediction for x_t at the time t >= 1, an int or an (N,) integer array on the host."""
+        if self._predict is None:
+            raise NotImplementedError("a Denoiser needs a predict function: use from_eps, or override predict")
+        self.evaluations += len(x_t)
+        return self._predict(x_t, t)
+
+    def vjp(self, x_t, t, v):
+        """v times the Jacobian d eps/d x_t, shaped as x_t. NotImplementedError where the model has no derivative."""
+        if self._vjp is None:
+            raise NotImplementedError("this denoiser has no vjp: pass vjp= to from_eps, or use one built on a network")
+        self.vjps += len(x_t)
+        return self._vjp(x_t, t, v)
