@@ -1,0 +1,70 @@
+"""What samplers see of a model."""
+
+import numpy as np
+import pytest
+
+from ddpm.denoiser import Denoiser, Prediction
+from ddpm.mixture import GaussianMixture
+from tests.ddpm.test_ddpm import SCHEDULES
+
+WORLD = GaussianMixture.grid(rotation_degrees=30)
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request):
+    return SCHEDULES[request.param]
+
+
+def moments(schedule):
+    def fn(x_t, t):
+        mean, cov = WORLD.posterior_x0(x_t, t, schedule)
+        return mean, np.einsum("nii->ni", cov)
+    return fn
+
+
+@pytest.mark.parametrize("t", [1, 10, np.array([1, 7, 25])])
+def test_L22_noise_and_image_are_one_prediction(t, schedule, rng):
+    x_t = rng.standard_normal((3, 2))
+    prediction = Denoiser.from_eps(lambda x, t: 0.3 * x, schedule).predict(x_t, t)
+    np.testing.assert_array_equal(prediction.eps, 0.3 * x_t)
+    np.testing.assert_allclose(schedule.add_noise(prediction.x0, t, prediction.eps), x_t, rtol=1e-12)
+    assert prediction.var_x0 is prediction.var_eps is prediction.v is None
+
+
+@pytest.mark.parametrize("t", [1, 10, np.array([1, 7, 25])])
+def test_from_moments_agrees_with_from_eps_on_an_exact_world(t, schedule, rng):
+    x_t = rng.standard_normal((3, 2))
+    exact = Denoiser.from_moments(moments(schedule), schedule).predict(x_t, t)
+    assert isinstance(exact, Prediction)
+    again = Denoiser.from_eps(lambda x, t: exact.eps, schedule).predict(x_t, t)
+    np.testing.assert_allclose(again.x0, exact.x0, rtol=1e-9, atol=1e-12)
+    snr = np.reshape(schedule.snr[t], (-1, 1))
+    np.testing.assert_allclose(exact.var_eps, snr * exact.var_x0, rtol=1e-12)
+
+
+def test_passes_are_counted_in_images():
+    schedule = SCHEDULES["linear"]
+    denoiser = Denoiser.from_eps(lambda x, t: 0 * x, schedule, vjp=lambda x, t, v: 2 * v)
+    denoiser.predict(np.zeros((3, 2)), 5)
+    denoiser.predict(np.zeros((4, 2)), np.array([1, 2, 3, 4]))
+    np.testing.assert_array_equal(denoiser.vjp(np.zeros((2, 2)), 5, np.ones((2, 2))), np.full((2, 2), 2.0))
+    assert (denoiser.evaluations, denoiser.vjps) == (7, 2)
+
+
+def test_what_is_missing_is_said():
+    with pytest.raises(NotImplementedError, match="from_eps"):
+        Denoiser(SCHEDULES["linear"]).predict(np.zeros((1, 1)), 1)
+    with pytest.raises(NotImplementedError, match="vjp"):
+        Denoiser.from_eps(lambda x, t: x, SCHEDULES["linear"]).vjp(np.zeros((1, 1)), 1, np.zeros((1, 1)))
+
+
+def test_float32_and_device(fake, rng):
+    schedule, x = SCHEDULES["linear"], rng.standard_normal((3, 2)).astype(np.float32)
+    for denoiser in (Denoiser.from_eps(lambda x, t: 0.3 * x, schedule),
+                     Denoiser.from_moments(lambda x, t: (0.3 * x, 0.1 * x * x), schedule)):
+        for t in (4, np.array([1, 2, 3])):
+            for a, b in zip(denoiser.predict(fake.asarray(x), t), denoiser.predict(x, t), strict=True):
+                assert (a is None) == (b is None)
+                if b is not None:
+                    np.testing.assert_array_equal(fake.asnumpy(a), b)
+                    assert b.dtype == np.float32
