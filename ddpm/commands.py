@@ -1,0 +1,90 @@
+"""How every command talks: its parser, and errors that are one sentence on stderr with exit status 2.
+
+What a person can put right (a wrong value, a missing file, a full disk) ends as `error: ...`, never as a traceback.
+DDPM_DEBUG=1 in the environment brings the traceback back, for finding the bug behind a sentence that makes no sense.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+import traceback
+import warnings
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right; the message is one sentence that says how."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser that keeps paragraphs as written, takes no abbreviated flags, and answers in one sentence."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; '{self.prog} --help' explains the flags\n")
+
+
+def run_command(main):
+    """Run `main()` as a command: leaves by SystemExit, with status 0 (or what main returns), or 2 after a sentence.
+
+    Caught are UserError, ValueError, OSError, MemoryError and plain RuntimeError (no GPU); other exceptions are bugs
+    and keep their traceback. Ctrl-C exits 130.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = main()
+            sys.stdout.flush()
+    except BrokenPipeError:                                         # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, ValueError, OSError, MemoryError, RuntimeError) as error:
+        if type(error) in (NotImplementedError, RecursionError):
+            raise
+        if os.environ.get("DDPM_DEBUG"):
+            traceback.print_exc()
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status or 0)
+
+
+@contextlib.contextmanager
+def one_sentence(what, path, remedy):
+    """Turn an OSError within the block into a UserError that names `what` and `path` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{what} {path or ''}".strip()
+        if error.errno in DISK_FULL:
+            raise UserError(f"the disk is full: {what} could not be written (what was there before is intact); "
+                            f"free some space, then {remedy}") from None
+        raise UserError(f"{what} cannot be written ({error.strerror or error}); {remedy}") from None
+
+
+def sentence(error):
+    """What an exception says, on one line: an OSError as "cannot use FILE: reason", a full disk with what to do."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f" {error.filename}" if error.filename else ""
+        if error.errno in DISK_FULL:
+            return f"no space left to write{place}; free some space and run the command again"
+        return f"cannot use{place or ' a file'}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller --micro-batch, --batch-size or network"
+    return " ".join(str(error).split()) or f"{type(error).__name__} (DDPM_DEBUG=1 shows where)"
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    if issubclass(category, UserWarning):
+        text = f"warning: {message}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
