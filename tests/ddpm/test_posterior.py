@@ -1,0 +1,182 @@
+"""x_s | x_t, x_0 against Bayes' rule by quadrature, the tower rules, and the printed coefficients that fail them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm.gaussian import log_normal
+from ddpm.posterior import posterior_coefficients
+from ddpm.schedule import NoiseSchedule
+from nn.backend import array_module, to_host
+from tests.helpers import general_schedule, property_test, schedules
+
+LINEAR = NoiseSchedule.linear()
+
+
+def bayes_moments(schedule, s, t, x0, x_t):
+    """Mean and variance of q(x_s | x_t, x_0) ~ q(x_s | x_0) q(x_t | x_s), on a grid."""
+    lam_ts, sigma2_ts = schedule.between(s, t)
+    precision = 1 / schedule.sigma2_bar[s] + lam_ts**2 / sigma2_ts      # only to place the grid
+    centre = (schedule.lam_bar[s] * x0 / schedule.sigma2_bar[s] + lam_ts * x_t / sigma2_ts) / precision
+    x_s = centre + np.linspace(-14, 14, 2001) / np.sqrt(precision)
+    log_q = (log_normal(x_s, schedule.lam_bar[s] * x0, schedule.sigma2_bar[s])
+             + log_normal(x_t, lam_ts * x_s, sigma2_ts))
+    q = np.exp(log_q - log_q.max())
+    mean = (q * x_s).sum() / q.sum()
+    return mean, (q * (x_s - mean)**2).sum() / q.sum()
+
+
+# ---- L10, G02
+
+@pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.cosine(100), general_schedule()],
+                         ids=["linear", "cosine", "general"])
+@pytest.mark.parametrize("steps_back", [1, 5, None])
+def test_L10_posterior_matches_bayes(schedule, steps_back):
+    x0, x_t = 0.7, -1.1
+    for t in (2, 7, schedule.T // 2, schedule.T):
+        s = max(1, t - steps_back) if steps_back else 1
+        a, b, var = schedule.posterior(s, t)
+        mean, variance = bayes_moments(schedule, s, t, x0, x_t)
+        np.testing.assert_allclose(a * x0 + b * x_t, mean, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(var, variance, rtol=1e-9)
+        assert abs(a * x_t + b * x0 - mean) > 1e-2 * abs(a - b)         # control: a and b exchanged
+
+
+@property_test
+@given(schedules(), st.data())
+def test_L10_tower_rules(schedule, data):
+    """Averaging x_s | x_t, x_0 over x_t | x_0 gives x_s | x_0 back; x_s and x_t covary by lam_ts sigma2_bar_s."""
+    s, t = sorted(data.draw(st.lists(st.integers(0, schedule.T), min_size=2, max_size=2, unique=True)))
+    a, b, var = schedule.posterior(s, t)
+    lam_ts, _ = schedule.between(s, t)
+    np.testing.assert_allclose(a + b * schedule.lam_bar[t], schedule.lam_bar[s], rtol=1e-12)
+    np.testing.assert_allclose(b**2 * schedule.sigma2_bar[t] + var, schedule.sigma2_bar[s], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(b * schedule.sigma2_bar[t], lam_ts * schedule.sigma2_bar[s], rtol=1e-12, atol=1e-15)
+
+
+@property_test
+@given(schedules(), st.data())
+def test_C15_skipping_a_time_is_walking_through_it(schedule, data):
+    """Going t -> s -> r with x_0 known has the mean and covariance of going t -> r at once, for any r < s < t."""
+    r, s, t = sorted(data.draw(st.lists(st.integers(0, schedule.T), min_size=3, max_size=3, unique=True)))
+    near, far, both = schedule.posterior(r, s), schedule.posterior(s, t), schedule.posterior(r, t)
+    np.testing.assert_allclose(near.a + near.b * far.a, both.a, rtol=1e-11)
+    np.testing.assert_allclose(near.b * far.b, both.b, rtol=1e-11)
+    np.testing.assert_allclose(near.var + near.b**2 * far.var, both.var, rtol=1e-10, atol=1e-15)
+
+
+def test_L10_at_the_clean_end_x0_is_known():
+    for schedule in (LINEAR, general_schedule()):
+        for t in (1, 2, schedule.T):
+            assert schedule.posterior(0, t) == (1.0, 0.0, 0.0)
+    a, b, var = LINEAR.posterior(np.array([0, 3]), np.array([4, 4]))
+    assert (a[0], b[0], var[0]) == (1.0, 0.0, 0.0) and (a[1], b[1], var[1]) == LINEAR.posterior(3, 4)
+
+
+def test_E07_the_precision_form_breaks_at_the_clean_end():
+    def printed(schedule, s, t):
+        lam_ts, sigma2_ts = schedule.between(s, t)
+        precision = 1 / schedule.sigma2_bar[s] + lam_ts**2 / sigma2_ts
+        return schedule.lam_bar[s] / schedule.sigma2_bar[s] / precision, lam_ts / sigma2_ts / precision, 1 / precision
+
+    np.testing.assert_allclose(LINEAR.posterior(7, 8), printed(LINEAR, 7, 8), rtol=1e-9)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        assert np.isnan(printed(LINEAR, 0, 1)[0])
+    assert LINEAR.posterior(0, 1) == (1.0, 0.0, 0.0)
+
+
+def test_G02_variance_preserving_forms():
+    t = np.arange(2, 1001)
+    beta, alpha, abar, abar_1 = LINEAR.beta[t], LINEAR.alpha[t], LINEAR.alpha_bar[t], LINEAR.alpha_bar[t - 1]
+    a, b, var = LINEAR.posterior(t - 1, t)
+    np.testing.assert_allclose(a, np.sqrt(abar_1) * beta / (1 - abar), rtol=1e-9)
+    np.testing.assert_allclose(b, np.sqrt(alpha) * (1 - abar_1) / (1 - abar), rtol=1e-9)
+    np.testing.assert_allclose(var, (1 - abar_1) / (1 - abar) * beta, rtol=1e-9)
+
+
+def test_G02_values_of_the_usual_schedule():
+    for t, a in ((2, 0.5453), (3, 0.3887), (10, 0.1473), (100, 0.0191), (500, 0.00307)):
+        assert LINEAR.posterior(t - 1, t).a == pytest.approx(a, rel=5e-3)
+
+
+@pytest.mark.parametrize("t", [2, 10, 100, 500])
+def test_E08_E09_printed_coefficients_fail_bayes(t):
+    beta, abar, abar_1 = LINEAR.beta[t], LINEAR.alpha_bar[t], LINEAR.alpha_bar[t - 1]
+    x0, x_t = 0.7, 1.9
+    mean, variance = bayes_moments(LINEAR, t - 1, t, x0, x_t)
+    a, b, _ = LINEAR.posterior(t - 1, t)
+    printed_a = np.sqrt(abar) * beta / (1 - abar)
+    printed_b = np.sqrt(abar) * (1 - abar_1) / (1 - abar)
+    assert abs(a * x0 + b * x_t - mean) < 1e-9
+    assert abs(printed_a * x0 + b * x_t - mean) > 1e-6                  # E08: small, sqrt(alpha_t) is near one
+    assert abs(a * x0 + printed_b * x_t - mean) > 1e-5                  # E09
+    assert abs(a * x0 + printed_b * x_t - mean) > 0.02 or t < 100
+
+
+# ---- L08: the two fixed variances, on data whose reverse step is known by quadrature
+
+def reverse_variance(schedule, s, t, spread, x_t):
+    """Var[x_s | x_t] and the density of x_t; data are N(-m, c^2) or N(m, c^2), m = 0.95 spread, c = 0.3 spread."""
+    x0 = np.linspace(-5.5, 5.5, 2201)[:, None] * spread
+    data = sum(np.exp(log_normal(x0, sign * 0.95 * spread, 0.09 * spread**2)) for sign in (-1, 1))
+    joint = data * np.exp(log_normal(x_t, schedule.lam_bar[t] * x0, schedule.sigma2_bar[t]))
+    density = joint.sum(axis=0)
+    mean = (joint * x0).sum(axis=0) / density
+    var_x0 = (joint * (x0 - mean)**2).sum(axis=0) / density
+    a, _, var = schedule.posterior(s, t)
+    return var + a**2 * var_x0, density / density.sum()
+
+
+@pytest.mark.parametrize("t", [2, 50, 200, 400, 1000])
+def test_L08_the_fixed_variances_bracket_the_average_on_unit_variance_data(t):
+    spread = 1 / np.sqrt(0.95**2 + 0.09)
+    variance, density = reverse_variance(LINEAR, t - 1, t, spread, np.linspace(-5, 5, 501))
+    average = (variance * density).sum()
+    lower, upper = LINEAR.posterior(t - 1, t).var, LINEAR.between(t - 1, t)[1]
+    assert lower * (1 - 1e-9) <= average <= upper * (1 + 1e-9)
+    assert (variance >= lower * (1 - 1e-9)).all()
+
+
+def test_L08_where_the_bracket_fails():
+    """The upper one fails at single points (between the modes), and on average for data of a larger variance."""
+    x_t, t = np.linspace(-5, 5, 501), 150
+    upper = LINEAR.between(t - 1, t)[1]
+    spread = 1 / np.sqrt(0.95**2 + 0.09)
+    variance, _ = reverse_variance(LINEAR, t - 1, t, spread, x_t)
+    assert variance[250] > 1.01 * upper and variance[0] < upper
+    variance, density = reverse_variance(LINEAR, 599, 600, 3 * spread, 3 * x_t)
+    assert (variance * density).sum() > LINEAR.between(599, 600)[1]
+
+
+def test_E31_the_large_variance_belongs_to_the_later_time():
+    """On N(0, 1) data the step t+1 -> t has variance sigma2_{t+1}; printed is sigma2_t, a sixth too small at t = 1."""
+    schedule, t = LINEAR, 1
+    a, _, var = schedule.posterior(t, t + 1)
+    exact = var + a**2 * schedule.sigma2_bar[t + 1]                     # Var[x0 | x_t] = sigma2_bar for unit variance
+    np.testing.assert_allclose(exact, schedule.sigma2[t + 1], rtol=1e-9)
+    np.testing.assert_allclose(schedule.between(t, t + 1)[1], exact, rtol=1e-9)
+    assert schedule.sigma2[t] < 0.9 * exact
+
+
+# ---- arrays
+
+def test_mean_broadcasts_over_the_image(rng, fake):
+    x0, x_t = rng.standard_normal((2, 3, 4, 4, 2))
+    s, t = np.array([0, 4, 9]), np.array([1, 7, 10])
+    posterior = LINEAR.posterior(s, t)
+    mean = posterior.mean(x0, x_t)
+    for i in range(3):
+        single = LINEAR.posterior(int(s[i]), int(t[i]))
+        np.testing.assert_allclose(mean[i], single.mean(x0[i], x_t[i]), rtol=1e-14)
+    device = posterior.mean(fake.asarray(x0), fake.asarray(x_t))
+    assert array_module(device) is fake
+    np.testing.assert_array_equal(to_host(device), mean)
+    x0_32, x_t_32 = x0.astype(np.float32), x_t.astype(np.float32)
+    assert posterior.mean(x0_32, x_t_32).dtype == single.mean(x0_32, x_t_32).dtype == np.float32
+
+
+def test_coefficients_are_python_floats_for_int_times():
+    assert all(type(v) is float for v in LINEAR.posterior(3, 9))
+    assert all(v.shape == (2,) and v.dtype == np.float64 for v in LINEAR.posterior(3, np.array([5, 6])))
+    assert posterior_coefficients(1.0, 0.0, 0.9, 0.19) == (1.0, 0.0, 0.0)
