@@ -22,23 +22,11 @@ has neither overflow nor cancellation. Arrays and scalars broadcast; a float32 a
 import math
 
 import numpy as np
-import scipy.special
 
-from nn.backend import array_module
+from nn.backend import array_module, special_module
 
 FAR = 1e30
 """The far edge of an open bin, in pixel units: beyond any mean, while its square is still a float64."""
-
-
-def special_module(*arrays):
-    """`log_ndtr`, `erfcx`, ... for these arrays: SciPy's, CuPy's or a registered library's."""
-    xp = array_module(*arrays)
-    if xp is np:
-        return scipy.special
-    if xp.__name__ == "cupy":
-        import cupyx.scipy.special
-        return cupyx.scipy.special
-    return xp.special
 
 
 # ---- the normal density

@@ -1,7 +1,7 @@
 """Layers, networks and optimisers with hand-written backward passes; knows nothing of diffusion.
 
-Letters in shapes: N images, H rows, W columns, C (in) and K (out) channels, L = H W pixels. Networks take and return images
-(N, H, W, C); layers take and return feature maps (H, W, N, C).
+Letters in shapes: N images, H rows, W columns, C (in) and K (out) channels, L = H W pixels. Networks take and
+return images (N, H, W, C); layers take and return feature maps (H, W, N, C).
 """
 
 from nn.activation import SiLU

@@ -50,6 +50,18 @@ def _module_of(x):
     return None
 
 
+def special_module(*arrays):
+    """`log_ndtr`, `erfcx`, ... for these arrays: SciPy's, CuPy's or a registered library's."""
+    xp = array_module(*arrays)
+    if xp is np:
+        import scipy.special
+        return scipy.special
+    if xp.__name__ == "cupy":
+        import cupyx.scipy.special
+        return cupyx.scipy.special
+    return xp.special
+
+
 def to_host(x):
     """The same values as a NumPy array (waits for the device; a NumPy array is returned as it is)."""
     module = _module_of(x)

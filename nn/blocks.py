@@ -4,10 +4,9 @@ import numpy as np
 
 from nn.activation import SiLU
 from nn.attention import SelfAttention
-from nn.backend import array_module
 from nn.conv import Conv2d
 from nn.dropout import Dropout
-from nn.embedding import timestep_embedding
+from nn.embedding import embed_times
 from nn.linear import Linear
 from nn.module import Module
 from nn.norm import GroupNorm
@@ -24,10 +23,7 @@ class TimeEmbedding(Module):
 
     def forward(self, t, N, xp):
         """t is an int or (N,) integers, on the host or beside the images in `xp`."""
-        if array_module(t) is not xp:
-            t = xp.asarray(t)
-        waves = timestep_embedding(t, self.dim).astype(self.dtype)
-        return self.linear2(self.silu(self.linear1(xp.broadcast_to(waves, (N, self.dim)))))
+        return self.linear2(self.silu(self.linear1(embed_times(t, self.dim, N, xp, self.dtype))))
 
     def backward(self, dy, *, params=True):
         return self.linear1.backward(self.silu.backward(self.linear2.backward(dy, params=params)), params=params)

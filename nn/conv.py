@@ -24,21 +24,22 @@ WINOGRAD_MIN_CHANNELS = 8
 # ---- patches: the k*k shifted copies of a map, and their transpose
 
 def _shifts(size, k, stride):
-    """For each offset u of a window of k: which outputs see an input there, and which inputs those are."""
+    """For each place u in a window of k: (u, outputs that see an input there, those inputs)."""
     out = -(-size // stride)
     for u in range(k):
         offset = u - k // 2
         first = -(offset // stride) if offset < 0 else 0
         last = min(out, (size - 1 - offset) // stride + 1)
-        yield slice(first, last), slice(stride * first + offset, stride * (last - 1) + offset + 1, stride)
+        if first < last:                                 # a small map doesn't reach into a large window's corners
+            yield u, slice(first, last), slice(stride * first + offset, stride * (last - 1) + offset + 1, stride)
 
 
 def gather_patches(x, k, stride=1):
     """(H, W, N, C) -> (H', W', N, k, k, C): each output pixel's window, zeros beyond the border."""
     H, W, N, C = x.shape
     patches = array_module(x).zeros((-(-H // stride), -(-W // stride), N, k, k, C), x.dtype)
-    for u, (rows, from_rows) in enumerate(_shifts(H, k, stride)):
-        for v, (columns, from_columns) in enumerate(_shifts(W, k, stride)):
+    for u, rows, from_rows in _shifts(H, k, stride):
+        for v, columns, from_columns in _shifts(W, k, stride):
             patches[rows, columns, :, u, v] = x[from_rows, from_columns]
     return patches
 
@@ -47,8 +48,8 @@ def scatter_patches(patches, H, W, stride=1):
     """The transpose of `gather_patches`: (H', W', N, k, k, C) -> (H, W, N, C), windows added up where they overlap."""
     N, k, _, C = patches.shape[2:]
     x = array_module(patches).zeros((H, W, N, C), patches.dtype)
-    for u, (rows, from_rows) in enumerate(_shifts(H, k, stride)):
-        for v, (columns, from_columns) in enumerate(_shifts(W, k, stride)):
+    for u, rows, from_rows in _shifts(H, k, stride):
+        for v, columns, from_columns in _shifts(W, k, stride):
             x[from_rows, from_columns] += patches[rows, columns, :, u, v]
     return x
 
@@ -73,7 +74,7 @@ def patches_forward(x, w, stride=1):
 def patches_backward(dy, cache, *, params=True):
     """(dx, dw) of `patches_forward`; dw is None without `params`."""
     x, w, stride = cache
-    (H, W, N, C), (k, _, _, K) = x.shape, w.shape
+    (H, W, _, C), (k, _, _, K) = x.shape, w.shape
     dw = None
     if K < C and stride == 1:
         dpatches = gather_patches(dy, k).reshape(-1, k * k * K)
@@ -90,6 +91,11 @@ def patches_backward(dy, cache, *, params=True):
 
 # ---- the choice
 
+def _by_winograd(w, stride, upsample):
+    k, _, C, K = w.shape
+    return k == 3 and stride == 1 and (upsample or min(C, K) >= WINOGRAD_MIN_CHANNELS)
+
+
 def conv_forward(x, w, b=None, *, stride=1, upsample=False, filters=None):
     """y = conv(x, w) + b with "same" padding; with `upsample`, of x doubled by nearest neighbour (3x3, stride 1).
 
@@ -98,7 +104,7 @@ def conv_forward(x, w, b=None, *, stride=1, upsample=False, filters=None):
     `winograd_filters(w)`, so that they are not computed anew at each call.
     """
     k, _, C, K = w.shape
-    if k == 3 and stride == 1 and (upsample or min(C, K) >= WINOGRAD_MIN_CHANNELS):
+    if _by_winograd(w, stride, upsample):
         U, UT = winograd_filters(w) if filters is None else filters
         y, cache = winograd_forward(x, U, b, upsample=upsample)
         return y, ("winograd", (cache, UT), b)
@@ -196,7 +202,7 @@ class Conv2d(Module):
         would wait for the result, so there the transform is simply done again.
         """
         w = self.weight.value
-        if w.shape[0] != 3 or self.stride != 1 or array_module(w) is not np:
+        if not _by_winograd(w, self.stride, self.upsample) or array_module(w) is not np:
             return None
         if self._filters_of is None or not np.array_equal(self._filters_of, w):
             self._filters_of, self._filters = w.copy(), winograd_filters(w)

@@ -15,8 +15,9 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay must lie in [0, 1), got {decay}")
         self.module, self.decay, self.updates = module, decay, 0
-        self.average = array_module(module.flat_parameters).empty_like(module.flat_parameters) if buffer is None else buffer
-        self.average[...] = module.flat_parameters
+        theta = module.flat_parameters
+        self.average = array_module(theta).empty_like(theta) if buffer is None else buffer
+        self.average[...] = theta
 
     def update(self, span=ALL):
         self.updates += 1

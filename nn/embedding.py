@@ -21,6 +21,15 @@ def timestep_embedding(t, dim, max_period=10000):
     return xp.concatenate([xp.cos(angles), xp.sin(angles), xp.zeros((t.shape[0], dim % 2))], axis=1)
 
 
+def embed_times(t, dim, N, xp, dtype):
+    """`timestep_embedding` for a batch: (N, dim) in the batch's library and dtype, from an int or (N,) integers."""
+    if array_module(t) is not xp or not hasattr(t, "shape"):
+        t = xp.asarray(t)
+    if t.shape not in ((), (1,), (N,)):
+        raise ValueError(f"t must be an int or {N} integers, one per example, got shape {t.shape}")
+    return xp.broadcast_to(timestep_embedding(t, dim).astype(dtype), (N, dim))
+
+
 def embedding_forward(index, table):
     """Rows `index` (N,) of `table` (R, D)."""
     return table[index], (index, table.shape)
@@ -30,7 +39,7 @@ def embedding_backward(dy, cache):
     """dtable: each row collects the gradients of the examples that read it."""
     index, shape = cache
     xp = array_module(dy)
-    chosen = index[None, :] == xp.arange(shape[0])[:, None]
+    chosen = index[None, :] % shape[0] == xp.arange(shape[0])[:, None]
     return chosen.astype(dy.dtype) @ dy
 
 

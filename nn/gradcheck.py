@@ -1,8 +1,8 @@
 """Is backward the transpose of forward's derivative?
 
-For a direction v in the inputs and parameters and a direction w in the outputs, <w, J v> = <J^T w, v>. The left side comes
-from a central difference of forward, the right side from one backward: two numbers to compare, whatever the
-network's size. In float64, with steps of 1e-6, they agree to about 1e-9 where the code is right.
+For a direction v in the inputs and parameters and a direction w in the outputs, <w, J v> = <J^T w, v>. The left
+side comes from a central difference of forward, the right side from one backward: two numbers to compare, whatever
+the network's size. In float64, with steps of 1e-6, they agree to about 1e-9 where the code is right.
 """
 
 import numpy as np

@@ -4,7 +4,7 @@ import numpy as np
 
 from nn.activation import SiLU
 from nn.backend import array_module
-from nn.embedding import timestep_embedding
+from nn.embedding import embed_times
 from nn.linear import Linear
 from nn.module import Module
 
@@ -38,10 +38,7 @@ class MLP(Module):
         if x.shape[-1] != self.in_dim:
             raise ValueError(f"MLP: the last axis of x must be {self.in_dim}, got shape {x.shape}")
         xp, N = array_module(x), x.shape[0]
-        if array_module(t) is not xp:
-            t = xp.asarray(t)
-        waves = timestep_embedding(t, self.time_dim).astype(x.dtype)
-        waves = waves.reshape((-1,) + (1,) * (x.ndim - 2) + (self.time_dim,))
+        waves = embed_times(t, self.time_dim, N, xp, x.dtype).reshape((N,) + (1,) * (x.ndim - 2) + (self.time_dim,))
         h = xp.concatenate([x, xp.broadcast_to(waves, (N,) + x.shape[1:-1] + (self.time_dim,))], axis=-1)
         for layer in self.layers:
             h = layer(h)

@@ -82,12 +82,10 @@ class Module:
 
     def parameters(self):
         """Dict name -> array, views of `flat_parameters`."""
-        self._flatten()
         return {name: p.value for name, p in self.named_parameters()}
 
     def gradients(self):
         """Dict name -> array with the names and shapes of `parameters`, views of `flat_gradients`."""
-        self._flatten()
         return {name: p.grad for name, p in self.named_parameters()}
 
     @property
@@ -108,7 +106,7 @@ class Module:
 
     def _flatten(self):
         parameters = [p for _, p in self.named_parameters()]
-        if self._flat is None or not all(p.value is v for p, v in zip(parameters, self._views, strict=True)):
+        if self._flat is None or not _same_objects([p.value for p in parameters], self._views):
             if not parameters:
                 raise ValueError(f"{type(self).__name__} has no parameters")
             xp, dtype = array_module(parameters[0].value), parameters[0].value.dtype
@@ -120,19 +118,34 @@ class Module:
         for flat in (flat_parameters, flat_gradients):
             if flat.shape != (self.num_parameters,):
                 raise ValueError(f"use_buffers: need vectors of {self.num_parameters} entries, got shape {flat.shape}")
+        self._bind(flat_parameters, flat_gradients)
+
+    def _bind(self, flat_parameters, flat_gradients):
+        """Own parameters first, then each child's in a stretch of its own: a part's buffers are slices of the whole's."""
         start = 0
-        for _, p in self.named_parameters():
-            span, shape = slice(start, start + p.value.size), p.value.shape
-            flat_parameters[span] = p.value.reshape(-1)
-            flat_gradients[span] = p.grad.reshape(-1)
-            p.value, p.grad = flat_parameters[span].reshape(shape), flat_gradients[span].reshape(shape)
+        for p in vars(self).values():
+            if isinstance(p, Parameter):
+                span, shape = slice(start, start + p.value.size), p.value.shape
+                flat_parameters[span] = p.value.reshape(-1)
+                flat_gradients[span] = p.grad.reshape(-1)
+                p.value, p.grad = flat_parameters[span].reshape(shape), flat_gradients[span].reshape(shape)
+                start = span.stop
+        for _, child in self.children():
+            span = slice(start, start + child.num_parameters)
+            child._bind(flat_parameters[span], flat_gradients[span])
             start = span.stop
         self._flat = flat_parameters, flat_gradients
-        # Whose views these are is checked at each use: a parent network, or `to`, may have moved them since.
+        # Whose views these are is checked at each use: `to`, or becoming part of a larger network, may have moved them.
         self._views = [p.value for _, p in self.named_parameters()]
 
+    def __getstate__(self):
+        """What a copy or a pickle takes along: parameters, but not the buffers, of which the copy makes its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_flat", "_views", "_cache")}
+
     def zero_grad(self):
-        self.flat_gradients[...] = 0
+        """Set all gradients to zero."""
+        if self.num_parameters:
+            self.flat_gradients[...] = 0
 
     # ---- modes and places
 
@@ -159,15 +172,20 @@ class Module:
         return self
 
     def load(self, arrays):
-        """Set every parameter from a dict as `parameters` gives it; ValueError on missing, extra or misshapen ones."""
+        """Set every parameter from a dict like `parameters()`; ValueError on missing, unknown or misshapen ones."""
         own = self.parameters()
         if own.keys() != arrays.keys():
             missing, extra = sorted(own.keys() - arrays.keys()), sorted(arrays.keys() - own.keys())
             raise ValueError(f"parameters do not fit {type(self).__name__}: missing {missing[:3]}, unknown {extra[:3]}")
         for name, value in own.items():
             if value.shape != arrays[name].shape:
-                raise ValueError(f"parameter {name} has shape {arrays[name].shape}, but the network needs {value.shape}")
+                raise ValueError(f"parameter {name} has shape {arrays[name].shape}, but the network needs "
+                                 f"{value.shape}")
             value[...] = array_module(value).asarray(arrays[name])
+
+
+def _same_objects(a, b):
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def uniform_fan_in(rng, shape, fan_in, dtype, *, like=np):

@@ -120,7 +120,7 @@ class GroupNorm(Module):
     """
 
     def __init__(self, groups, channels, eps=1e-5, dtype=np.float32, *, silu=False):
-        if channels % groups:
+        if groups < 1 or channels % groups:
             raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups")
         self.weight = Parameter(np.ones(channels, dtype))
         self.bias = Parameter(zeros(channels, dtype))

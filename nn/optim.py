@@ -28,7 +28,7 @@ class Adam:
     """
 
     def __init__(self, module, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, state=None):
-        if lr < 0 or not all(0 <= b < 1 for b in betas) or eps <= 0 or weight_decay < 0:
+        if not (lr >= 0 and all(0 <= b < 1 for b in betas) and eps > 0 and weight_decay >= 0):
             raise ValueError("Adam: need lr >= 0, betas in [0, 1), eps > 0 and weight_decay >= 0")
         xp = array_module(module.flat_parameters)
         self.module, self.lr, self.betas, self.eps, self.weight_decay = module, lr, betas, eps, weight_decay
@@ -72,6 +72,8 @@ def clip_grad_norm(module, max_norm):
 
     The norm comes back in the gradients' own library, so that a device is not waited for.
     """
+    if not max_norm > 0:
+        raise ValueError(f"clip_grad_norm: max_norm must be > 0, got {max_norm}")
     g = module.flat_gradients
     squared = squared_norm(g)
     g *= clip_factor(squared, max_norm).astype(g.dtype)

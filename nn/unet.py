@@ -3,7 +3,8 @@
     input conv                       every output on the way down is pushed on a stack
     level 0..L-1:  blocks_per_level x (residual block [+ attention]), then Downsample (not on the last level)
     middle:        residual block, attention, residual block
-    level L-1..0:  blocks_per_level + 1 x (concatenate the top of the stack, residual block [+ attention]), then Upsample
+    level L-1..0:  blocks_per_level + 1 x (concatenate the top of the stack, residual block [+ attention]),
+                   then Upsample (not on level 0)
     output:        GroupNorm-SiLU-conv
 
 Backward walks the same path in reverse: where forward popped a skip and concatenated, backward splits the gradient and
@@ -155,7 +156,9 @@ class UNet(Module):
     def _label_rows(self, y, N, xp):
         if y is None:
             return xp.full(N, self.num_classes)
-        y = np.broadcast_to(to_host(y), (N,))
+        y = to_host(y)
+        if y.shape not in ((), (N,)) or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"UNet: labels must be an int or {N} integers, one per image, got {y.dtype} of shape {y.shape}")
         if y.min() < 0 or y.max() > self.num_classes:
             raise ValueError(f"UNet: labels must lie in 0..{self.num_classes} ({self.num_classes} is no label)")
-        return xp.asarray(y)
+        return xp.asarray(np.broadcast_to(y, (N,)))
