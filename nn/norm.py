@@ -39,8 +39,9 @@ def group_norm_forward(x, weight, bias, groups, eps=1e-5, *, silu=False):
         centred = rows[block] - mean
         squares += xp.einsum("rk,rk->k", centred, centred)
     rstd = 1 / xp.sqrt(_spread(squares, groups, (N, C)) / (H * W * C // groups) + eps)
-    A = rstd * _tile(weight, N)
-    B = _tile(bias, N) - mean * A
+    A = _per_channel(rstd, N) * weight
+    B = (bias - _per_channel(mean, N) * A).reshape(-1)
+    A = A.reshape(-1)
     if silu:
         A, B = 0.5 * A, 0.5 * B
     y = xp.empty_like(rows)
@@ -72,10 +73,10 @@ def group_norm_backward(dy, cache, *, params=True):
         sum_dh += dh.sum(axis=0)
         sum_dh_x += xp.einsum("rk,rk->k", dh, rows[block])
     sum_dh_xhat = (sum_dh_x - mean * sum_dh) * rstd
-    w, m = _tile(weight, N), H * W * C // groups
-    average_g = _spread(w * sum_dh, groups, (N, C)) / m
-    average_g_xhat = _spread(w * sum_dh_xhat, groups, (N, C)) / m
-    P, Q = w * rstd, -average_g_xhat * rstd**2
+    m = H * W * C // groups
+    average_g = _spread((_per_channel(sum_dh, N) * weight).reshape(-1), groups, (N, C)) / m
+    average_g_xhat = _spread((_per_channel(sum_dh_xhat, N) * weight).reshape(-1), groups, (N, C)) / m
+    P, Q = (_per_channel(rstd, N) * weight).reshape(-1), -average_g_xhat * rstd**2
     R = -average_g * rstd - mean * Q
     for block in blocks:
         dh = dx[block]
@@ -97,13 +98,13 @@ def _sum_rows(rows, blocks):
 def _spread(values, groups, shape):
     """Sum an (N*C,) vector over each image's groups of channels and give every channel its group's sum."""
     N, C = shape
-    sums = values.reshape(N, groups, C // groups).sum(axis=2, keepdims=True)
-    return array_module(values).broadcast_to(sums, (N, groups, C // groups)).reshape(N * C)
+    sums = values.reshape(N * groups, C // groups).sum(axis=1)
+    return array_module(values).repeat(sums, C // groups)
 
 
-def _tile(per_channel, N):
-    """(C,) -> (N*C,): the same channel values for every image of a row."""
-    return array_module(per_channel).broadcast_to(per_channel, (N,) + per_channel.shape).reshape(-1)
+def _per_channel(values, N):
+    """An (N*C,) vector as (N, C), to meet the channels' weight and bias."""
+    return values.reshape(N, -1)
 
 
 class GroupNorm(Module):

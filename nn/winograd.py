@@ -205,12 +205,13 @@ def _overlap_add(out, axis, BT, tiles, step):
     The first `step` rows of the tiles do not meet each other and are written in place; the rest reach into the next
     tile and are added to it.
     """
-    xp, count = array_module(out), tiles.shape[axis]
+    xp, count, reach = array_module(out), tiles.shape[axis], BT.shape[1]
     before = (slice(None),) * axis
-    out[before + (slice(step * count, None),)] = 0
-    xp.matmul(BT.T[:step], tiles, out=_windows(out, axis, count, step, step))
-    after = _windows(out[before + (slice(step, None),)], axis, count, BT.shape[1] - step, step)
-    after += xp.matmul(BT.T[step:], tiles)
+    main = out[before + (slice(step * count),)].reshape(out.shape[:axis] + (count, step) + out.shape[axis + 1:])
+    edge = xp.matmul(BT.T[step:], tiles)
+    xp.matmul(BT.T[:step], tiles, out=main)
+    main[before + (slice(1, None), slice(reach - step))] += edge[before + (slice(-1),)]
+    out[before + (slice(step * count, None),)] = edge[before + (-1,)]
 
 
 # ---- A^T M A and its transpose: 6x6 products into 4x4 outputs, tiles side by side
