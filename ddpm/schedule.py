@@ -39,7 +39,8 @@ class NoiseSchedule:
     def __init__(self, lam, sigma2):
         lam, sigma2 = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (lam, sigma2))
         if lam.ndim != 1 or lam.shape != sigma2.shape or lam.size == 0:
-            raise ValueError(f"lam and sigma2 must be two sequences of one length T >= 1, got {lam.shape} and {sigma2.shape}")
+            raise ValueError("lam and sigma2 must be two sequences of one length T >= 1, "
+                             f"got shapes {lam.shape} and {sigma2.shape}")
         if not (np.isfinite(lam) & (lam > 0)).all():
             raise ValueError("lam must be finite and > 0 at every step")
         if not (np.isfinite(sigma2) & (sigma2 > 0)).all():
@@ -65,7 +66,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas):
-        """Variance-preserving steps of variance beta_t: lam_t = sqrt(1 - beta_t) (L03). ValueError unless 0 < beta < 1."""
+        """Variance-preserving steps, lam_t = sqrt(1 - beta_t) (L03); ValueError unless 0 < beta_t < 1."""
         betas = np.atleast_1d(np.asarray(betas, dtype=np.float64))
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must lie strictly between 0 and 1")

@@ -121,7 +121,7 @@ class Module:
         self._bind(flat_parameters, flat_gradients)
 
     def _bind(self, flat_parameters, flat_gradients):
-        """Own parameters first, then each child's in a stretch of its own: a part's buffers are slices of the whole's."""
+        """Own parameters first, then each child's in a stretch of its own, so that a part's buffers are slices."""
         start = 0
         for p in vars(self).values():
             if isinstance(p, Parameter):
@@ -135,7 +135,7 @@ class Module:
             child._bind(flat_parameters[span], flat_gradients[span])
             start = span.stop
         self._flat = flat_parameters, flat_gradients
-        # Whose views these are is checked at each use: `to`, or becoming part of a larger network, may have moved them.
+        # Whose views these are is checked at each use: becoming part of a larger network may have moved them.
         self._views = [p.value for _, p in self.named_parameters()]
 
     def __getstate__(self):

@@ -158,7 +158,8 @@ class UNet(Module):
             return xp.full(N, self.num_classes)
         y = to_host(y)
         if y.shape not in ((), (N,)) or not np.issubdtype(y.dtype, np.integer):
-            raise ValueError(f"UNet: labels must be an int or {N} integers, one per image, got {y.dtype} of shape {y.shape}")
+            raise ValueError(f"UNet: labels must be an int or {N} integers, one per image, got {y.dtype} of shape "
+                             f"{y.shape}")
         if y.min() < 0 or y.max() > self.num_classes:
             raise ValueError(f"UNet: labels must lie in 0..{self.num_classes} ({self.num_classes} is no label)")
         return xp.asarray(np.broadcast_to(y, (N,)))

@@ -9,11 +9,11 @@ import numpy as np
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """Squared 2-Wasserstein distance of N(mu1, cov1) and N(mu2, cov2), in squared feature units.
+    """Squared 2-Wasserstein distance of N(mu1, cov1) and N(mu2, cov2), in squared feature units (G09).
 
     mu (D,), cov (D, D), symmetric positive semidefinite, on the host. The trace of the matrix root is the sum of the
-    roots of the eigenvalues of C_1^1/2 C_2 C_1^1/2, which stays real for singular covariances. ValueError on shapes that
-    don't match.
+    roots of the eigenvalues of C_1^1/2 C_2 C_1^1/2, which stays real for singular covariances. ValueError on
+    shapes that don't match.
     """
     mu1, cov1, mu2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mu1, cov1, mu2, cov2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not cov1.shape == cov2.shape == 2 * mu1.shape:

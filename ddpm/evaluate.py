@@ -1,0 +1,80 @@
+"""Measure a trained model: python -m ddpm.evaluate bpd RUN
+
+bpd: bits per dimension of test images, an upper bound on -log2 p(x_0), split into prior, steps and decoder, with the
+standard error over images; the curve over t is written to RUN/bits.png.
+"""
+
+import json
+import math
+
+from ddpm.commands import CommandParser, UserError, run_command
+
+
+def parser():
+    """The command's flags."""
+    p = CommandParser(prog="python -m ddpm.evaluate", description=__doc__, epilog="example:\n"
+                      "  python -m ddpm.evaluate bpd runs/gddm-mnist5k-1 --images 500 --strata 64 --json")
+    p.add_argument("what", choices=("bpd",), help="what to measure")
+    p.add_argument("run", metavar="RUN", help="folder of a training run")
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout, for scripts")
+    p.add_argument("--images", type=int, default=500, metavar="N", help="test images (default: 500)")
+    p.add_argument("--strata", type=int, default=64, metavar="K", help="times drawn per image for the sum over t; "
+                   "as many as the model's T give the whole sum (default: 64)")
+    p.add_argument("--variance", choices=("large", "small", "learned"),
+                   help="reverse variance (default: small for ddpm, learned for the others)")
+    p.add_argument("--data-dir", metavar="DIR", help="folder with the data's official files")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of times and noise (default: 0)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays live (default: cpu)")
+    p.add_argument("--workers", type=int, default=0, metavar="N",
+                   help="local processes that share the images (default: the cores this process may use)")
+    return p
+
+
+def main(argv=None):
+    """Evaluate as the flags say; returns the exit status."""
+    flags = parser().parse_args(argv)
+    from ddpm.runs import RunFolder
+    run = RunFolder.open(flags.run)
+    if flags.images < 2 or flags.strata < 1:
+        raise UserError("--images must be at least 2 (a standard error needs two) and --strata at least 1")
+    if flags.seed < 0 or flags.workers < 0:
+        raise UserError("--seed and --workers must be at least 0")
+    if flags.variance == "learned" and run.config.model == "ddpm":
+        raise UserError("--variance learned needs a model that has one (gddm or iddpm); use large or small")
+    return _bits(run, flags)
+
+
+def _bits(run, flags):
+    from tqdm import tqdm
+
+    from ddpm import data, plots
+    from ddpm.likelihood import evaluate_bits
+    from ddpm.models import default_variance, load_denoiser
+    from ddpm.parallel import make_group
+    from nn.backend import keep_freed_memory
+    keep_freed_memory()
+    group = make_group(flags.workers or None, flags.device)
+    denoiser, metadata = load_denoiser(run, flags.device)
+    dataset = data.load(run.config.data, flags.data_dir or run.config.data_dir)
+    variance, images = flags.variance or default_variance(run.config.model), dataset.test_images[:flags.images]
+    with tqdm(total=len(images), desc="bits/dim", unit="image", dynamic_ncols=True) as bar:
+        bits = evaluate_bits(denoiser, denoiser.schedule, images, dataset.scale, group, progress=bar.update,
+                             variance=variance, bin_width=dataset.bin_width, strata=flags.strata, seed=flags.seed)
+    plots.save(plots.bits_curve(bits), run.path / "bits.png")
+    parts = bits.summary()
+    if flags.json:
+        print(json.dumps({name: part if math.isfinite(part) else None for name, part in parts.items()}))
+        return 0
+    print(f"{run.config.model} after {metadata['step']} steps, {len(images)} test images of {run.config.data}, "
+          f"variance {variance}")
+    for name, meaning in (("prior", "q(x_T|x_0) against N(0, 1)"), ("steps", "sum over t = 2..T"),
+                          ("decoder", "x_0 given x_1")):
+        print(f"  {name:<8} {parts[name]:8.4f}   {meaning}")
+    print(f"  {'total':<8} {parts['bits_per_dim']:8.4f} ± {parts['standard_error']:.4f} bits/dim")
+    print(f"curve over t: {run.path / 'bits.png'}")
+    print(f"next: python -m ddpm.sample {run.path} --num 16")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

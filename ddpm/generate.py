@@ -1,0 +1,60 @@
+"""Drawing images from a trained model, shared out over processes; which image comes out depends on seed and number."""
+
+import numpy as np
+
+from ddpm.randomness import SampleStreams
+from ddpm.samplers import ddpm as ancestral
+from nn.backend import array_module, to_host
+
+
+def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance, seed=0, chunk=16, clip=(-1, 1),
+                progress=None):
+    """`num` images in [-1, 1], float32 on the host, (num, H, W, C), by ancestral sampling in `steps` steps (L05, C15).
+
+    Image i is a function of (seed, i): of neither the number of images, nor the chunks, nor the processes.
+    """
+    images = group.shared_array((num, *image_shape))
+    timesteps = schedule.timesteps(steps)
+
+    def work(group):
+        mine = group.shard(num)
+        for start in range(mine.start, mine.stop, chunk):
+            part = range(start, min(start + chunk, mine.stop))
+            before, after = ((i - mine.start) * num // (mine.stop - mine.start) for i in (part.start, part.stop))
+
+            def tick(step, passes=after - before):          # the others are as far with their shares
+                if progress and group.rank == 0:
+                    progress(passes)
+
+            images[part.start:part.stop] = _draw(denoiser, schedule, image_shape, part, timesteps, variance, seed, clip,
+                                                 array_module(images), tick)
+        group.barrier()
+
+    group.run(work)
+    return np.clip(to_host(images), *clip)
+
+
+def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0, show=8, clip=(-1, 1), xp=np):
+    """What a model with a variance thinks on the way to its first `num` images, at `show` times from T to 1 (G10).
+
+    Returns (times, x_t, mean_x0, std_x0): a list of ints and three host arrays (show, num, H, W, C).
+    """
+    timesteps = schedule.timesteps(steps)
+    keep = set(timesteps[np.unique(np.rint(np.linspace(0, len(timesteps) - 1, show)).astype(int))].tolist())
+    seen = []
+
+    def remember(step):
+        if step.t in keep:
+            std = step.prediction.var_x0**0.5
+            seen.append((step.t, *(to_host(a) for a in (step.x_t, step.prediction.x0, std))))
+
+    _draw(denoiser, schedule, image_shape, range(num), timesteps, variance, seed, clip, xp, remember)
+    times, *arrays = zip(*seen, strict=True)
+    return list(times), *(np.stack(a) for a in arrays)
+
+
+def _draw(denoiser, schedule, image_shape, samples, timesteps, variance, seed, clip, xp, callback):
+    streams = SampleStreams(seed, 0, list(samples), purpose="sampling", xp=xp)
+    x_T = streams.standard_normal((len(samples), *image_shape), dtype=np.float32)
+    return ancestral(denoiser, schedule, x_T, timesteps=timesteps, variance=variance, rng=streams, clip=clip,
+                     callback=callback)

@@ -1,0 +1,140 @@
+"""How many bits a model needs for an image: the bound of `ddpm.elbo`, estimated at a price one can pay.
+
+The bound is prior + sum over t = 2..T of a step's KL + decoder (L06). A network pass for each of a thousand steps is a
+high price for a sum whose terms vary smoothly, so the steps are cut into strata of times, narrow where t is small and
+the terms change fast, and each image draws one time per stratum:
+
+    sum_t KL_t  ~  sum over strata [ (size of the stratum) x KL at a uniform time in it ]
+
+which is unbiased whatever the strata (L07 is the case of one stratum). With as many strata as steps it is the
+full sum.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm import elbo
+from ddpm.ddpm import fixed_variance
+from ddpm.metrics import bits_per_dim
+from ddpm.randomness import SampleStreams
+from ddpm.samplers.ancestral import clip_x0, learned_variance
+from nn.backend import array_module, to_host
+
+
+class Bits(NamedTuple):
+    """Bits/dim per image, before anything is averaged: prior and decoder (N,), steps (strata, N).
+
+    `edges` (strata+1,) says which times a row of `steps` stands for: edges[k] <= t < edges[k+1].
+    """
+
+    prior: Any
+    steps: Any
+    decoder: Any
+    edges: Any
+
+    @property
+    def total(self):
+        """(N,) bits/dim."""
+        return self.prior + self.steps.sum(axis=0) + self.decoder
+
+    def summary(self):
+        """Means over images, and the standard error of the mean total, as a dictionary of floats."""
+        total = self.total
+        error = total.std(ddof=1) / np.sqrt(len(total)) if len(total) > 1 else float("nan")
+        return {"bits_per_dim": float(total.mean()), "prior": float(self.prior.mean()),
+                "steps": float(self.steps.sum(axis=0).mean()), "decoder": float(self.decoder.mean()),
+                "standard_error": float(error)}
+
+
+def time_strata(T, strata):
+    """Edges (strata+1,) that cut 2..T into that many runs of times (at most T-1), widening geometrically with t."""
+    edges = np.unique(np.rint(np.geomspace(2, T + 1, min(strata, T - 1) + 1)).astype(int))
+    while len(edges) - 1 < min(strata, T - 1):              # rounding has merged the narrow ones: split the widest
+        widest = np.argmax(np.diff(edges))
+        edges = np.insert(edges, widest + 1, (edges[widest] + edges[widest + 1]) // 2)
+    return edges
+
+
+def reverse_model(denoiser, schedule, variance, clip=None):
+    """The reverse step of a denoiser as a function (x_t, s, t) -> (mean, var), for `ddpm.elbo` (L13, G03, C04, C05).
+
+    `variance` is "large", "small" or "learned"; `clip` (lo, hi) clamps the predicted x_0.
+    """
+    def reverse(x_t, s, t):
+        prediction = denoiser.predict(x_t, t)
+        if clip is not None:
+            prediction = clip_x0(prediction, x_t, t, schedule, clip)
+        mean = schedule.posterior(s, t).mean(prediction.x0, x_t)
+        if variance == "learned":
+            return mean, learned_variance(prediction, x_t, s, t, schedule)
+        var = fixed_variance(variance, s, t, schedule)
+        return mean, array_module(x_t).ones_like(x_t) * _column(var, x_t)
+    return reverse
+
+
+def image_bits(denoiser, schedule, x0, *, variance, bin_width, strata=64, seed=0, first=0, clip=(-1, 1)):
+    """Bits/dim of images under a model, term by term (L06, L07, L09).
+
+    Parameters
+    ----------
+    x0 : array (N, H, W, C) in [-1, 1]
+    variance : "large", "small" or "learned"
+    bin_width : float or None
+        Distance of two neighbouring pixel levels (None: bits of a density).
+    strata : int
+        Network passes per image, besides the decoder's.
+    seed, first : int
+        Times and noise are functions of (seed, first + row), so that a data set may be evaluated in any pieces.
+
+    Returns
+    -------
+    Bits, on the host.
+    """
+    dims = int(np.prod(x0.shape[1:]))
+    samples = np.arange(first, first + len(x0))
+    streams = SampleStreams(seed, 0, samples, purpose="bits per dim", xp=array_module(x0))
+    draw_time = SampleStreams(seed, 0, samples, purpose="times")
+    reverse, edges = reverse_model(denoiser, schedule, variance, clip), time_strata(schedule.T, strata)
+
+    def noisy(t):
+        return schedule.add_noise(x0, t, streams.standard_normal(x0.shape, dtype=x0.dtype))
+
+    def per_image(nats):
+        return bits_per_dim(to_host(nats).reshape(len(x0), -1).sum(axis=1, dtype=np.float64), dims)
+
+    steps = np.empty((len(edges) - 1, len(x0)))
+    for k, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        t = draw_time.integers(low, high)
+        x_t = noisy(t)
+        steps[k] = (high - low) * per_image(elbo.step_kl(x0, x_t, *reverse(x_t, t - 1, t), t - 1, t, schedule))
+    one = np.ones(len(x0), dtype=int)
+    decoder = per_image(elbo.decoder_nats(x0, *reverse(noisy(one), 0 * one, one), bin_width))
+    return Bits(per_image(elbo.prior_kl(x0, schedule)), steps, decoder, edges)
+
+
+def evaluate_bits(denoiser, schedule, images, scale, group, *, chunk=16, progress=None, **options):
+    """`image_bits` of uint8 images, shared out over the ranks of a group; arguments as there."""
+    n, strata = len(images), len(time_strata(schedule.T, options.get("strata", 64))) - 1
+    rows = group.shared_array((n, strata + 2), np.float64)
+
+    def work(group):
+        mine = group.shard(n)
+        for start in range(mine.start, mine.stop, chunk):
+            part = slice(start, min(start + chunk, mine.stop))
+            bits = image_bits(denoiser, schedule, scale(images[part]), first=start, **options)
+            rows[part] = np.column_stack([bits.prior, bits.decoder, bits.steps.T])
+            if progress and group.rank == 0:
+                before, after = ((i - mine.start) * n // (mine.stop - mine.start) for i in (part.start, part.stop))
+                progress(after - before)                    # the others are as far with their shares
+        group.barrier()
+
+    group.run(work)
+    rows = to_host(rows)
+    return Bits(rows[:, 0], rows[:, 2:].T, rows[:, 1], time_strata(schedule.T, strata))
+
+
+def _column(values, x):
+    """(N,) or a float, in x's library and dtype, broadcasting over x."""
+    xp = array_module(x)
+    return xp.asarray(np.asarray(values, dtype=x.dtype)).reshape((-1,) + (1,) * (x.ndim - 1))

@@ -1,0 +1,153 @@
+"""The three models by name: how many outputs the network has, what it is trained on, and how its output is read.
+
+    ddpm     eps                      reverse variance fixed
+    iddpm    eps, v                   reverse variance between the two fixed ones (C05)
+    gddm     eps, log Var[eps]        p(x_0 | x_t) is a Gaussian, and the reverse variance follows from it (G03)
+
+An objective is a function (output, batch, schedule, bin_width) -> (values (N,), gradient of their sum). Each model's
+first one is its default.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm import ddpm, gddm, iddpm
+from ddpm.denoiser import Denoiser, Prediction
+from ddpm.randomness import generator
+from ddpm.schedule import NoiseSchedule
+from nn.backend import array_module, per_example
+from nn.unet import UNet
+
+
+class Batch(NamedTuple):
+    """What a loss may look at: data, noise, and x_t between them at time t; s is a uniform time before t."""
+
+    x0: Any
+    eps: Any
+    x_t: Any
+    t: Any
+    s: Any
+
+
+def _objective(loss, **options):
+    def evaluate(output, batch, schedule, bin_width):
+        return loss(output, batch.x0, batch.eps, batch.x_t, batch.t, schedule, bin_width=bin_width, **options)
+    return evaluate
+
+
+def _weighted_sum(*terms):
+    """The objective sum of weight * objective over (weight, objective) pairs."""
+    def evaluate(output, batch, schedule, bin_width):
+        parts = [(weight, *objective(output, batch, schedule, bin_width)) for weight, objective in terms]
+        return sum(w * values for w, values, _ in parts), sum(w * gradient for w, _, gradient in parts)
+    return evaluate
+
+
+def _pairs(stop_mean_gradient):
+    """GDDM's KL of the pair (s, t) for a uniform s < t: the long steps in which the variance shows."""
+    def evaluate(output, batch, schedule, bin_width):
+        return gddm.kl_loss(output, batch.x0, batch.eps, batch.x_t, batch.t, schedule, bin_width=bin_width, s=batch.s,
+                            stop_mean_gradient=stop_mean_gradient)
+    return evaluate
+
+
+SIMPLE = _objective(ddpm.simple_loss)
+KL, KL_OF_VARIANCE = (_objective(gddm.kl_loss, stop_mean_gradient=stop) for stop in (False, True))
+PAIRS, PAIRS_OF_VARIANCE = (_pairs(stop) for stop in (False, True))
+
+OBJECTIVES = {
+    "ddpm": {"simple": SIMPLE, "vlb": _objective(ddpm.vlb_loss)},
+    "iddpm": {"hybrid": _objective(iddpm.hybrid_loss), "vlb": _objective(iddpm.vlb_loss)},
+    "gddm": {
+        # The squared error trains the mean at every t; a little of the bound makes it exact where the noise is low, and
+        # the variance right there; random pairs do the same for the variance at high noise, which a single
+        # step hardly depends on (G05: c^2/var is 0.01 there). results/README.md has the table that chose it.
+        "balanced": _weighted_sum((1, SIMPLE), (0.003, KL), (0.0003, PAIRS_OF_VARIANCE)),
+        "kl": KL,
+        "pairs": PAIRS,
+        "simple+kl": _weighted_sum((1, SIMPLE), (0.01, KL)),
+        "detached": _weighted_sum((1, SIMPLE), (0.01, KL_OF_VARIANCE), (0.001, PAIRS_OF_VARIANCE)),
+    },
+}
+OUTPUTS = {"ddpm": 1, "iddpm": 2, "gddm": 2}
+
+
+def default_variance(model):
+    """The reverse variance that a model samples and is evaluated with: "small" for ddpm, else its own."""
+    return "small" if model == "ddpm" else "learned"
+
+
+def find_objective(model, name="default"):
+    """The objective `name` of `model`, its first for "default"; ValueError that lists the names for another."""
+    objectives = OBJECTIVES[model]
+    if name == "default":
+        return next(iter(objectives.values()))
+    if name not in objectives:
+        raise ValueError(f"--objective of model {model} must be one of {', '.join(objectives)}, got {name!r}")
+    return objectives[name]
+
+
+def build_schedule(config):
+    """The noise schedule that a configuration names."""
+    return getattr(NoiseSchedule, config.schedule)(config.T)
+
+
+def build_network(config, channels, rng, *, num_classes=None):
+    """The U-Net that a configuration describes, for images with `channels` channels."""
+    return UNet(channels, OUTPUTS[config.model] * channels, base_channels=config.base_channels,
+                channel_mults=config.channel_mults, blocks_per_level=config.blocks_per_level,
+                attention_levels=config.attention_levels, heads=config.heads, groups=config.groups,
+                dropout=config.dropout, num_classes=num_classes, rng=rng)
+
+
+def load_denoiser(run, device="cpu"):
+    """The trained model in a run folder, with averaged weights: (NetworkDenoiser, metadata of its checkpoint).
+
+    The metadata say what the model was trained on: `image_shape` (H, W, C), `levels`, `step`. UserError, in one
+    sentence, where the checkpoint is missing, cut off or of another configuration.
+    """
+    arrays, metadata = run.load_checkpoint()
+    network = build_network(run.config, metadata["image_shape"][2], generator(run.config.seed, "weights"))
+    network.load({name.removeprefix("ema/"): a for name, a in arrays.items() if name.startswith("ema/")})
+    return NetworkDenoiser(network.to(device), run.config.model, build_schedule(run.config)), metadata
+
+
+class NetworkDenoiser(Denoiser):
+    """A trained network as a denoiser; `model` says how to read its output.
+
+    Parameters
+    ----------
+    network : UNet or MLP
+        Called as network(x_t, t); channels of x_t last.
+    model : "ddpm", "iddpm" or "gddm"
+    schedule : NoiseSchedule
+    """
+
+    def __init__(self, network, model, schedule):
+        super().__init__(schedule)
+        self.network, self.model = network.eval(), model
+
+    def predict(self, x_t, t):
+        """Prediction for x_t at time t, an int or (N,) host integers; var_x0 for gddm, v for iddpm."""
+        self.evaluations += len(x_t)
+        output = self.network(x_t, t)
+        eps, head = output[..., :x_t.shape[-1]], output[..., x_t.shape[-1]:]
+        x0 = self._x0(eps, x_t, t)
+        if self.model == "ddpm":
+            return Prediction(eps=eps, x0=x0)
+        if self.model == "iddpm":
+            return Prediction(eps=eps, x0=x0, v=head)
+        var_eps = array_module(head).exp(gddm.log_variance(head)[0])
+        mean_x0, var_x0 = gddm.noise_to_data(eps, var_eps, x_t, t, self.schedule)
+        return Prediction(eps=eps, x0=mean_x0, var_x0=var_x0, var_eps=var_eps)
+
+    def vjp(self, x_t, t, v):
+        """v times the Jacobian d eps / d x_t, by one hand-written backward pass that leaves the parameters alone."""
+        self.vjps += len(x_t)
+        output = self.network(x_t, t)
+        return self.network.backward(ddpm.output_gradient(output, d_eps=v), params=False)
+
+    def _x0(self, eps, x_t, t):
+        noise, lam = np.sqrt(self.schedule.sigma2_bar[t]), self.schedule.lam_bar[t]
+        return (x_t - per_example(noise, x_t) * eps) / per_example(lam, x_t)

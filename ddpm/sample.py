@@ -1,0 +1,87 @@
+"""Draw images from a trained model: python -m ddpm.sample RUN --num 16 --steps 50
+
+Writes a PNG grid and the images themselves as samples.npz; for a model with a variance, also a picture of each pixel's
+uncertainty on the way from noise to image.
+"""
+
+from pathlib import Path
+
+from ddpm.commands import CommandParser, UserError, run_command
+
+
+def parser():
+    """The command's flags."""
+    p = CommandParser(prog="python -m ddpm.sample", description=__doc__, epilog="example:\n"
+                      "  python -m ddpm.sample runs/gddm-mnist5k-1 --num 64 --steps 100 --out pictures")
+    p.add_argument("run", metavar="RUN", help="folder of a training run")
+    p.add_argument("--num", type=int, default=16, metavar="N", help="number of images (default: 16)")
+    p.add_argument("--steps", type=int, metavar="K",
+                   help="network passes per image, from 1 to the model's T (default: 250, or T if that is less)")
+    p.add_argument("--variance", choices=("large", "small", "learned"),
+                   help="reverse variance (default: small for ddpm, learned for the others)")
+    p.add_argument("--out", metavar="DIR", help="where to write (default: RUN/samples-seed-SEED-steps-K)")
+    p.add_argument("--seed", type=int, default=0, metavar="N",
+                   help="image i is a function of the seed and i (default: 0)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays live (default: cpu)")
+    p.add_argument("--workers", type=int, default=0, metavar="N",
+                   help="local processes that share the images (default: the cores this process may use)")
+    return p
+
+
+def main(argv=None):
+    """Sample as the flags say; returns the exit status."""
+    flags = parser().parse_args(argv)
+    from ddpm.runs import RunFolder
+    run = RunFolder.open(flags.run)
+    flags.steps = min(250, run.config.T) if flags.steps is None else flags.steps
+    if flags.num < 1:
+        raise UserError(f"--num must be at least 1, got {flags.num}")
+    if not 1 <= flags.steps <= run.config.T:
+        raise UserError(f"--steps must lie in 1..{run.config.T}, the number of steps this model was trained with, "
+                        f"got {flags.steps}")
+    if flags.seed < 0 or flags.workers < 0:
+        raise UserError("--seed and --workers must be at least 0")
+    if flags.variance == "learned" and run.config.model == "ddpm":
+        raise UserError("--variance learned needs a model that has one (gddm or iddpm); use large or small")
+    out = Path(flags.out) if flags.out else run.path / f"samples-seed-{flags.seed}-steps-{flags.steps}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already and is not an empty folder; choose another with --out")
+    return _sample(run, flags, out)
+
+
+def _sample(run, flags, out):
+    import numpy as np
+    from tqdm import tqdm
+
+    from ddpm import data, plots
+    from ddpm.commands import one_sentence
+    from ddpm.generate import draw_images, trajectory
+    from ddpm.models import default_variance, load_denoiser
+    from ddpm.parallel import make_group
+    from ddpm.runs import write_atomically
+    from nn.backend import array_module, keep_freed_memory
+    keep_freed_memory()
+    group = make_group(flags.workers or None, flags.device)
+    denoiser, metadata = load_denoiser(run, flags.device)
+    variance, shape = flags.variance or default_variance(run.config.model), tuple(metadata["image_shape"])
+    with one_sentence("the folder", out, remedy="choose another with --out"):
+        out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=flags.num * flags.steps, desc="sampling", unit="pass", dynamic_ncols=True) as bar:
+        images = draw_images(denoiser, denoiser.schedule, shape, flags.num, group, steps=flags.steps, variance=variance,
+                             seed=flags.seed, progress=bar.update)
+    write_atomically(out / "samples.npz", lambda file: np.savez_compressed(
+        file, images=data.unscale(images, metadata["levels"])))
+    plots.save(plots.sample_grid(images), out / "samples.png")
+    written = ["samples.png", "samples.npz"]
+    if run.config.model == "gddm":
+        seen = trajectory(denoiser, denoiser.schedule, shape, min(2, flags.num), steps=flags.steps, variance=variance,
+                          seed=flags.seed, xp=array_module(denoiser.network.flat_parameters))
+        plots.save(plots.uncertainty_along(*seen), out / "uncertainty.png")
+        written.append("uncertainty.png")
+    print(f"{flags.num} image{'s' * (flags.num > 1)} in {out}: {', '.join(written)}")
+    print(f"next: python -m ddpm.evaluate bpd {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,148 @@
+"""Every model and objective on the same backbone, data and number of steps: python -m experiments.objectives
+
+For each (model, objective, seed): train (or go on with) a run in --runs, then measure
+  bits/dim          the bound on test images, with its standard error, split into decoder and steps
+  frechet           Frechet distance of samples to the test images in the space of 64 principal components
+  variance error    the learned Var[x_0|x_t] against the closed form on the two-component mixture of G08
+and write results/objectives.csv, .md and .png. What has been measured is kept in the run's folder and not
+measured again; flags of ddpm.train that are given too go to the training.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from ddpm.points import fit_points, recovery
+
+from ddpm import data, plots, train
+from ddpm.commands import run_command
+from ddpm.generate import draw_images
+from ddpm.likelihood import evaluate_bits
+from ddpm.metrics import frechet_distance
+from ddpm.mixture import two_component
+from ddpm.models import default_variance, load_denoiser
+from ddpm.parallel import make_group
+from ddpm.randomness import generator
+from ddpm.runs import RunFolder, write_atomically
+from ddpm.schedule import NoiseSchedule
+from nn.backend import keep_freed_memory
+
+MAIN = (("ddpm", "simple"), ("iddpm", "hybrid"), ("gddm", "kl"), ("gddm", "balanced"))
+OTHERS = (("gddm", "simple+kl"), ("gddm", "pairs"), ("gddm", "detached"))
+SAMPLES, SAMPLE_STEPS, BITS_IMAGES, STRATA, COMPONENTS = 256, 100, 500, 48, 64
+
+
+def main(argv=None):
+    """Run what is missing, then write the table and the picture."""
+    p = argparse.ArgumentParser(prog="python -m experiments.objectives", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seeds", type=int, default=2, help="seeds of the main cases; the others get one (default: 2)")
+    p.add_argument("--runs", default="runs/objectives", help="where the runs live (default: runs/objectives)")
+    p.add_argument("--out", default="results", help="where tables and pictures go (default: results)")
+    flags, train_flags = p.parse_known_args(argv)
+    keep_freed_memory()
+    rows, pictures = [], {}
+    for seed in range(flags.seeds):
+        for model, objective in MAIN + OTHERS * (seed == 0):
+            folder = Path(flags.runs) / f"{model}-{objective}-{seed}"
+            row, images = measured(folder, model, objective, seed, train_flags)
+            rows.append(row)
+            pictures.setdefault((model, objective), images)
+            write(rows, pictures, Path(flags.out))
+
+
+def measured(folder, model, objective, seed, train_flags):
+    """(row of the table, samples) of one run, trained and measured where that has not been done."""
+    if not (folder / "config.json").exists():
+        status = train.main(["--model", model, "--objective", objective, "--seed", str(seed), "--out", str(folder),
+                             "--samples", "0", *train_flags])
+    else:
+        run = RunFolder.open(folder)
+        finished = bool(run.metrics()) and run.metrics()[-1]["step"] >= run.config.steps
+        status = 0 if finished else train.main(["--resume", str(folder)])
+    if status:
+        sys.exit(status)
+    kept = folder / "objectives.npz"
+    if not kept.exists():
+        row, images = measure(RunFolder.open(folder), objective, seed)
+        write_atomically(kept, lambda file: np.savez_compressed(file, row=json.dumps(row), images=images))
+    with np.load(kept) as found:
+        return json.loads(str(found["row"])), found["images"]
+
+
+def measure(run, objective, seed):
+    """The row of one trained run, and its samples."""
+    denoiser, _ = load_denoiser(run)
+    config, schedule, variance = run.config, denoiser.schedule, default_variance(run.config.model)
+    dataset = data.load(config.data, config.data_dir)
+    bits = evaluate_bits(denoiser, schedule, dataset.test_images[:BITS_IMAGES], dataset.scale, make_group(),
+                         variance=variance, bin_width=dataset.bin_width, strata=STRATA).summary()
+    images = draw_images(denoiser, schedule, dataset.image_shape, SAMPLES, make_group(),
+                         steps=min(SAMPLE_STEPS, config.T), variance=variance, seed=seed)
+    row = {"model": config.model, "objective": objective, "seed": seed, "train_steps": config.steps, **bits,
+           "frechet": pixel_frechet(dataset.scale(dataset.train_images), dataset.scale(dataset.test_images), images)}
+    if config.model == "gddm":
+        row["variance_error"] = mixture_variance_error(objective, seed)
+    return row, images[:16]
+
+
+def pixel_frechet(train_images, test_images, images):
+    """Frechet distance between samples and test images in the principal components of the training images."""
+    flat = train_images.reshape(len(train_images), -1)
+    mean = flat.mean(axis=0)
+    axes = np.linalg.svd(flat - mean, full_matrices=False)[2][:COMPONENTS].T
+
+    def gaussian(x):
+        features = (x.reshape(len(x), -1) - mean) @ axes
+        return features.mean(axis=0), np.cov(features.T)
+
+    return frechet_distance(*gaussian(images), *gaussian(test_images))
+
+
+def mixture_variance_error(objective, seed):
+    """RMS of log(learned / exact Var[x_0|x_t]) on the two-component mixture, over t = 50, 100, ..., 950."""
+    world, schedule = two_component(), NoiseSchedule.linear(1000)
+    denoiser = fit_points(world, schedule, ("gddm", objective), steps=3000, batch_size=256, lr=2e-3, seed=seed)
+    return recovery(denoiser, world, range(50, 1000, 100), generator(seed, "recovery"), 4000)
+
+
+def write(rows, pictures, out):
+    """The table as CSV and Markdown (means over seeds, with their spread), and a row of samples per case."""
+    out.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def as_csv(file):
+        import io
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, restval="")
+        table.writeheader()
+        table.writerows(rows)
+        file.write(text.getvalue().encode())
+
+    write_atomically(out / "objectives.csv", as_csv)
+    shown = ("bits_per_dim", "decoder", "steps", "frechet", "variance_error")
+    lines = ["| model | objective | " + " | ".join(shown).replace("_", " ") + " | seeds |",
+             "|---" * (len(shown) + 3) + "|"]
+    for model, objective in pictures:
+        mine = [row for row in rows if (row["model"], row["objective"]) == (model, objective)]
+        cells = []
+        for name in shown:
+            values = np.array([row[name] for row in mine if name in row])
+            spread = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.3f}{spread}" if len(values) else "")
+        lines.append(f"| {model} | {objective} | " + " | ".join(cells) + f" | {len(mine)} |")
+    write_atomically(out / "objectives.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    fig, axes = plots.figure(len(pictures), 1, figsize=(9, 0.75 * len(pictures)), squeeze=False)
+    for ax, ((model, objective), images) in zip(axes[:, 0], pictures.items(), strict=True):
+        ax.imshow(plots.tile(images, columns=16))
+        ax.set_ylabel(f"{model}\n{objective}", rotation=0, ha="right", va="center", fontsize=8)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+    plots.save(fig, out / "objectives.png")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,95 @@
+"""Image i of a model is a function of (seed, i), however the work is cut."""
+
+import numpy as np
+import pytest
+
+from ddpm.denoiser import Denoiser
+from ddpm.generate import draw_images, trajectory
+from ddpm.parallel import Alone, make_group
+from ddpm.schedule import NoiseSchedule
+from tests.ddpm.test_likelihood import small_network
+
+SCHEDULE, SHAPE = NoiseSchedule.cosine(30), (4, 4, 2)
+MEAN, VAR = 0.2, 0.04
+
+
+def gaussian(xp=np):
+    """The exact denoiser of N(MEAN, VAR) pixels, all of which lie well within [-1, 1]."""
+    def moments(x_t, t):
+        lam, noise = float(SCHEDULE.lam_bar[t]), float(SCHEDULE.sigma2_bar[t])
+        gain = lam * VAR / (lam**2 * VAR + noise)
+        return MEAN + gain * (x_t - lam * MEAN), 0 * x_t + VAR * noise / (lam**2 * VAR + noise)
+    return Denoiser.from_moments(moments, SCHEDULE)
+
+
+def drawn(num, workers=1, denoiser=None, shape=SHAPE, **options):
+    options = {"steps": 10, "variance": "learned"} | options
+    return draw_images(denoiser or gaussian(), SCHEDULE, shape, num, make_group(workers), **options)
+
+
+def test_an_image_is_a_function_of_seed_and_number():
+    whole = drawn(9)
+    assert whole.shape == (9, *SHAPE) and whole.dtype == np.float32 and isinstance(whole, np.ndarray)
+    for num, workers, chunk in ((9, 1, 1), (9, 1, 4), (9, 2, 3), (9, 3, 16), (4, 1, 16), (12, 2, 5), (1, 1, 1)):
+        images = drawn(num, workers, chunk=chunk)
+        np.testing.assert_array_equal(images[:9], whole[:num])
+    assert (drawn(9, seed=1) != whole).mean() > 0.99
+    assert len({image.tobytes() for image in whole}) == 9
+
+
+def test_an_image_of_a_network_is_so_to_rounding():
+    """Matrix products of another size may round in another way; few steps keep that small."""
+    network = small_network()
+    whole = drawn(5, denoiser=network, shape=(8, 8, 1), steps=3)
+    np.testing.assert_array_equal(drawn(5, denoiser=network, shape=(8, 8, 1), steps=3), whole)
+    for workers, chunk in ((1, 1), (2, 2)):
+        other = drawn(5, workers, denoiser=network, shape=(8, 8, 1), steps=3, chunk=chunk)
+        np.testing.assert_allclose(other, whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [30, 5])
+def test_C15_samples_of_the_exact_model_have_the_moments_of_the_data(steps):
+    images = drawn(300, steps=steps, chunk=100).astype(np.float64)
+    last = VAR * SCHEDULE.sigma2_bar[1] / (SCHEDULE.lam_bar[1]**2 * VAR + SCHEDULE.sigma2_bar[1])
+    assert abs(images.mean() - MEAN) < 4 * np.sqrt(VAR / images.size)
+    assert abs(images.var() / (VAR - last) - 1) < 4 * np.sqrt(2 / images.size)
+
+
+def test_images_stay_in_range_and_progress_is_counted():
+    wide, seen = Denoiser.from_eps(lambda x_t, t: 0 * x_t, SCHEDULE), []
+    images = drawn(5, denoiser=wide, variance="large", chunk=2, progress=seen.append)
+    assert abs(images).max() == 1 and sum(seen) == 5 * 10 == wide.evaluations
+    for num, workers in ((5, 2), (7, 3)):                    # the first rank speaks for all
+        seen.clear()
+        drawn(num, workers, chunk=2, progress=seen.append)
+        assert sum(seen) == num * 10
+    with pytest.raises(ValueError, match="needs a model with a variance"):
+        drawn(1, denoiser=wide)
+
+
+@pytest.mark.parametrize("steps, show, count", [(10, 4, 4), (30, 8, 8), (3, 8, 3), (1, 8, 1)])
+def test_G10_trajectory_shows_times_from_T_to_1(steps, show, count):
+    times, x_t, mean, std = trajectory(gaussian(), SCHEDULE, SHAPE, 2, steps=steps, variance="learned", show=show)
+    timesteps = SCHEDULE.timesteps(steps).tolist()
+    assert len(times) == count and set(times) <= set(timesteps) and times == sorted(times, reverse=True)
+    assert times[0] == timesteps[0] and times[-1] == timesteps[-1] and all(type(t) is int for t in times)
+    assert x_t.shape == mean.shape == std.shape == (count, 2, *SHAPE)
+    for t, noisy, x0, spread in zip(times, x_t, mean, std, strict=True):
+        prediction = gaussian().predict(noisy, t)
+        np.testing.assert_allclose(x0, np.clip(prediction.x0, -1, 1), rtol=1e-6)
+        np.testing.assert_allclose(spread, np.sqrt(prediction.var_x0), rtol=1e-6)
+    assert (np.diff(std.mean(axis=(1, 2, 3, 4))) <= 1e-7).all()      # ever more certain
+    if steps == 10:                                          # it is the way to the images that sampling gives
+        np.testing.assert_allclose(mean[-1], drawn(2), rtol=1e-5, atol=1e-6)
+
+
+def test_runs_on_a_device(fake):
+    host = drawn(3)
+    images = draw_images(gaussian(), SCHEDULE, SHAPE, 3, Alone(fake), steps=10, variance="learned", chunk=2)
+    assert isinstance(images, np.ndarray)
+    np.testing.assert_allclose(images, host, atol=1e-5)
+    seen = trajectory(gaussian(), SCHEDULE, SHAPE, 2, steps=5, variance="learned", xp=fake)
+    ours = trajectory(gaussian(), SCHEDULE, SHAPE, 2, steps=5, variance="learned")
+    assert seen[0] == ours[0]
+    for a, b in zip(seen[1:], ours[1:], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

@@ -1,0 +1,106 @@
+"""The sampling command: pictures and arrays that depend on the seed alone, or one sentence."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm import sample
+from ddpm.runs import CHECKPOINT, PREVIOUS
+from tests.ddpm.test_train_command import PATIENCE, ROOT, refused, untrained
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return untrained(tmp_path_factory.mktemp("gddm") / "run")
+
+
+def sampled(out, run, *flags):
+    assert sample.main([str(word) for word in (run, "--out", out, *flags)]) == 0
+    with np.load(out / "samples.npz") as file:
+        return file["images"]
+
+
+def test_what_it_writes(run, tmp_path, capsys):
+    out = tmp_path / "pictures"
+    images = sampled(out, run, "--num", 5, "--steps", 4, "--workers", 2)
+    assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8 and images.max() <= 16
+    assert {p.name for p in out.iterdir()} == {"samples.png", "samples.npz", "uncertainty.png"}
+    for name in ("samples.png", "uncertainty.png"):
+        Image.open(out / name).verify()
+    said, err = capsys.readouterr()
+    assert f"5 images in {out}: samples.png, samples.npz, uncertainty.png\n" in said
+    assert f"next: python -m ddpm.evaluate bpd {run}" in said and "sampling: 100%" in err
+
+
+def test_an_image_is_a_function_of_the_seed_and_its_number(run, tmp_path):
+    """To rounding: at most a pixel here and there falls on the other side of a level."""
+    whole = sampled(tmp_path / "a", run, "--num", 6, "--steps", 3, "--workers", 1)
+    np.testing.assert_array_equal(whole, sampled(tmp_path / "b", run, "--num", 6, "--steps", 3, "--workers", 1))
+    for n, (num, workers) in enumerate(((6, 2), (3, 1))):
+        other = sampled(tmp_path / str(n), run, "--num", num, "--steps", 3, "--workers", workers)
+        assert (other == whole[:num]).mean() > 0.99
+    other = sampled(tmp_path / "c", run, "--num", 6, "--steps", 3, "--seed", 1, "--workers", 1)
+    assert (other == whole).mean() < 0.5
+
+
+def test_defaults(run, tmp_path, monkeypatch, capsys):
+    """Without --steps as many as the model has, up to 250; without --out a folder in the run; without --num 16."""
+    assert sample.main([str(run), "--workers", "1"]) == 0
+    with np.load(run / "samples-seed-0-steps-20" / "samples.npz") as file:
+        assert len(file["images"]) == 16
+    capsys.readouterr()
+    assert "samples-seed-0-steps-20 exists already and is not an empty folder" in refused(capsys, sample.main, run)
+
+
+def test_a_model_without_variance(tmp_path, capsys):
+    run = untrained(tmp_path / "run", model="ddpm")
+    for variance in ("small", "large"):
+        sampled(tmp_path / variance, run, "--num", 1, "--steps", 2, "--variance", variance, "--workers", 1)
+        assert not (tmp_path / variance / "uncertainty.png").exists()
+    assert "1 image in " in capsys.readouterr().out
+    said = refused(capsys, sample.main, run, "--variance", "learned")
+    assert "--variance learned needs a model that has one (gddm or iddpm); use large or small" in said
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--num 0", "--num must be at least 1, got 0"), ("--num x", "invalid int value"),
+    ("--steps 21", "--steps must lie in 1..20, the number of steps this model was trained with, got 21"),
+    ("--steps 0", "--steps must lie in 1..20"), ("--seed -1", "--seed and --workers must be at least 0"),
+    ("--workers -2", "--seed and --workers must be at least 0"), ("--variance tiny", "invalid choice: 'tiny'"),
+    ("--model ddpm", "unrecognized arguments"),
+])
+def test_bad_flags(flags, message, run, capsys, tmp_path):
+    assert message in refused(capsys, sample.main, run, "--out", tmp_path / "out", *flags.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_places(run, capsys, tmp_path, monkeypatch):
+    assert "holds no run" in refused(capsys, sample.main, tmp_path)
+    (tmp_path / "file").write_text("")
+    for place, message in (("file", "file exists already and is not an empty folder; choose another with --out"),
+                           ("file/out", "the folder .*file/out cannot be written .*; choose another with --out")):
+        assert re.search(message, refused(capsys, sample.main, run, "--out", tmp_path / place))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert "device cuda needs CuPy" in refused(capsys, sample.main, run, "--device", "cuda", "--out", tmp_path / "out")
+    broken = untrained(tmp_path / "broken")
+    for name in (CHECKPOINT, PREVIOUS):
+        (broken / name).write_bytes((broken / name).read_bytes()[:1000])
+    assert "has no checkpoint to go on from" in refused(capsys, sample.main, broken)
+    (broken / CHECKPOINT).write_bytes((untrained(tmp_path / "other", T=30) / CHECKPOINT).read_bytes())
+    said = refused(capsys, sample.main, broken)
+    assert "belongs to another configuration: --T is 30 there and 20 in config.json" in said
+    assert not list(broken.glob("samples*"))
+
+
+def test_help_is_quick_and_names_every_flag():
+    code = ("import sys; from ddpm import sample\ntry: sample.main(['--help'])\n"
+            "finally: print({'scipy', 'matplotlib'} & set(sys.modules), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0 and done.stderr == "set()\n"
+    for flag in "--num --steps --variance --out --seed --device --workers".split():
+        assert re.search(rf"^ +{flag}\b", done.stdout, re.M), flag
+    assert "python -m ddpm.sample" in done.stdout and "RUN" in done.stdout
