@@ -30,7 +30,8 @@ class TrainConfig:
 
     model: str = setting("gddm", "model", "what the network says about x_0: ddpm its mean, iddpm also the reverse "
                          "variance, gddm a Gaussian p(x_0|x_t)", choices=("ddpm", "iddpm", "gddm"))
-    objective: str = setting("default", "model", "training loss; default is the model's own")
+    objective: str = setting("default", "model", "training loss, the model's first by default; ddpm: simple, vlb; "
+                             "iddpm: hybrid, vlb; gddm: balanced, kl (as published), pairs, simple+kl, detached")
     T: int = setting(1000, "model", "number of noising steps")
     schedule: str = setting("linear", "model", "how the step variances grow", choices=("linear", "cosine"))
 
@@ -39,8 +40,8 @@ class TrainConfig:
     data_dir: str | None = setting(None, "data", "folder with the official files (else $DDPM_DATA, a cache, the "
                                    "network)", free=True)
 
-    steps: int = setting(1200, "training", "optimiser steps", free=True)
-    batch_size: int = setting(64, "training", "images a step")
+    steps: int = setting(1000, "training", "optimiser steps", free=True)
+    batch_size: int = setting(32, "training", "images a step")
     micro_batch: int = setting(8, "training", "images that go through the network at once; sets memory and speed, "
                                "not the result", free=True)
     lr: float = setting(1e-3, "training", "learning rate of Adam, after warm-up")

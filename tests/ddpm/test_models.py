@@ -218,3 +218,13 @@ def test_load_denoiser_says_what_is_wrong(saved):
     checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
     with pytest.raises(UserError, match="has no checkpoint to go on from"):
         load_denoiser(RunFolder.open(path))
+
+
+def test_help_names_every_objective_in_order():
+    """The help text is written by hand, because reading it must not import the models."""
+    from dataclasses import fields
+
+    from ddpm.config import TrainConfig
+    text = next(f for f in fields(TrainConfig) if f.name == "objective").metadata["help"].replace(" (as published)", "")
+    for model, objectives in OBJECTIVES.items():
+        assert f"{model}: {', '.join(objectives)}" in text
