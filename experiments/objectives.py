@@ -32,7 +32,7 @@ from nn.backend import keep_freed_memory
 
 MAIN = (("ddpm", "simple"), ("iddpm", "hybrid"), ("gddm", "kl"), ("gddm", "balanced"))
 OTHERS = (("gddm", "simple+kl"), ("gddm", "pairs"), ("gddm", "detached"))
-SAMPLES, SAMPLE_STEPS, BITS_IMAGES, STRATA, COMPONENTS = 256, 100, 500, 48, 64
+SAMPLES, SAMPLE_STEPS, BITS_IMAGES, STRATA, COMPONENTS = 192, 100, 500, 32, 64
 
 
 def main(argv=None):

@@ -18,9 +18,10 @@ sum over input channels turns them into 36 matrix products, which is where the t
 Each arrow is linear, so backward runs the same chain transposed: dM = A dy A^T, dU = V^T dM, dV = dM U^T,
 dx = B dV B^T summed where tiles overlap, dw = G^T dU G.
 
-The points are free. Exactness does not depend on them, rounding does: 0, +-1, 1/2, -2 and infinity were the most
-below stay well conditioned. The point 1 is wanted for the bias: its row of A is all ones, so a bias
-added to that one of the 36 products appears at every output.
+The points are free. Exactness does not depend on them, rounding does: of the usual choices 0, +-1, 1/2, -2 and
+infinity had the smallest error in float32 (2e-6 of the largest value, a third of that with 0, +-1, +-2). The point 1
+is wanted for the bias: its row of A is all ones, so a bias added to that one of the 36 products appears at every
+output.
 
 Nearest-neighbour upsampling in front (`upsample=True`) is linear too: a 6-row input tile of the doubled image holds
 only 4 different rows of the small one, so B^T (6, 6) becomes B^T D (6, 4) with the duplication matrix D, tiles step
@@ -28,6 +29,7 @@ by 2 instead of 4, and the doubled image never exists.
 
 Layout: feature maps are (H, W, N, C). Rows of N*C numbers are long, a transform along H or W is one small constant
 matrix times a strided view, and nothing is rearranged in between. Any H and W: the tile grid is padded and cropped.
+The transforms are 36/16 as large as the maps, so work goes by blocks of tile rows whose transforms stay in the cache.
 """
 
 from functools import lru_cache
@@ -41,6 +43,7 @@ TILE = 4
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
 POINT_ONE = POINTS.index(1.0)
 WINOGRAD_BLOCK_BYTES = 1024 * 1024
+"""Transformed input of one block of tile rows; measured best between 0.6 and 1.5 MB, about a core's L2 cache."""
 
 
 class Transforms(NamedTuple):
