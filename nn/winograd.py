@@ -19,7 +19,7 @@ Each arrow is linear, so backward runs the same chain transposed: dM = A dy A^T,
 dx = B dV B^T summed where tiles overlap, dw = G^T dU G.
 
 The points are free. Exactness does not depend on them, rounding does: of the usual choices 0, +-1, 1/2, -2 and
-infinity had the smallest error in float32 (2e-6 of the largest value, a third of that with 0, +-1, +-2). The point 1
+infinity had the smallest largest error in float32 (2e-6 of the largest value, a third of that with 0, +-1, +-2). The point 1
 is wanted for the bias: its row of A is all ones, so a bias added to that one of the 36 products appears at every
 output.
 
