@@ -5,7 +5,7 @@ For one image and one group of channels, with m numbers in it,
     xhat = (x - mean) / std,    y = weight * xhat + bias
 
 Backward. Let g = dy * weight be the gradient that reaches xhat. Moving x moves xhat directly, and through mean and
-std; since sum(xhat) = 0 and d std/dx = xhat/m, the two indirect parts are the projections of g on 1 and on xhat:
+std; with d mean/dx = 1/m and d std/dx = xhat/m, the two indirect parts are projections of g on 1 and on xhat:
 
     dx = (g - average(g) - xhat average(g xhat)) / std
     dweight = sum(dy xhat),    dbias = sum(dy)

@@ -19,9 +19,9 @@ Each arrow is linear, so backward runs the same chain transposed: dM = A dy A^T,
 dx = B dV B^T summed where tiles overlap, dw = G^T dU G.
 
 The points are free. Exactness does not depend on them, rounding does: of the usual choices 0, +-1, 1/2, -2 and
-infinity had the smallest largest error in float32 (2e-6 of the largest value, a third of that with 0, +-1, +-2). The point 1
-is wanted for the bias: its row of A is all ones, so a bias added to that one of the 36 products appears at every
-output.
+infinity had the smallest largest error in float32 (2e-6 of the largest value, a third of that with 0, +-1, +-2). The
+point 1 is wanted for the bias: its row of A is all ones, so a bias added to that one of the 36 products appears at
+every output.
 
 Nearest-neighbour upsampling in front (`upsample=True`) is linear too: a 6-row input tile of the doubled image holds
 only 4 different rows of the small one, so B^T (6, 6) becomes B^T D (6, 4) with the duplication matrix D, tiles step
