@@ -31,7 +31,7 @@ class TrainConfig:
     model: str = setting("gddm", "model", "what the network says about x_0: ddpm its mean, iddpm also the reverse "
                          "variance, gddm a Gaussian p(x_0|x_t)", choices=("ddpm", "iddpm", "gddm"))
     objective: str = setting("default", "model", "training loss, the model's first by default; ddpm: simple, vlb; "
-                             "iddpm: hybrid, vlb; gddm: balanced, kl (as published), pairs, simple+kl, detached")
+                             "iddpm: hybrid, vlb; gddm: balanced, kl (as published), pairs, simple+kl")
     T: int = setting(1000, "model", "number of noising steps")
     schedule: str = setting("linear", "model", "how the step variances grow", choices=("linear", "cosine"))
 

@@ -53,8 +53,8 @@ def _pairs(stop_mean_gradient):
 
 
 SIMPLE = _objective(ddpm.simple_loss)
-KL, KL_OF_VARIANCE = (_objective(gddm.kl_loss, stop_mean_gradient=stop) for stop in (False, True))
-PAIRS, PAIRS_OF_VARIANCE = (_pairs(stop) for stop in (False, True))
+KL = _objective(gddm.kl_loss)
+PAIRS, PAIRS_OF_VARIANCE = _pairs(stop_mean_gradient=False), _pairs(stop_mean_gradient=True)
 
 OBJECTIVES = {
     "ddpm": {"simple": SIMPLE, "vlb": _objective(ddpm.vlb_loss)},
@@ -67,7 +67,6 @@ OBJECTIVES = {
         "kl": KL,
         "pairs": PAIRS,
         "simple+kl": _weighted_sum((1, SIMPLE), (0.01, KL)),
-        "detached": _weighted_sum((1, SIMPLE), (0.01, KL_OF_VARIANCE), (0.001, PAIRS_OF_VARIANCE)),
     },
 }
 OUTPUTS = {"ddpm": 1, "iddpm": 2, "gddm": 2}

@@ -32,8 +32,8 @@ from ddpm.runs import RunFolder, write_atomically
 from ddpm.schedule import NoiseSchedule
 from nn.backend import keep_freed_memory
 
-MAIN = (("ddpm", "simple"), ("iddpm", "hybrid"), ("gddm", "kl"), ("gddm", "balanced"))
-OTHERS = (("gddm", "simple+kl"), ("gddm", "pairs"), ("gddm", "detached"))
+MAIN = (("ddpm", "simple"), ("iddpm", "hybrid"), ("gddm", "balanced"))
+OTHERS = (("gddm", "kl"), ("gddm", "simple+kl"), ("gddm", "pairs"))
 SAMPLES, SAMPLE_STEPS, BITS_IMAGES, STRATA, COMPONENTS = 192, 100, 500, 32, 64
 
 
