@@ -30,6 +30,28 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; '{self.prog} --help' explains the flags\n")
 
 
+def add_model_flags(parser, seed_help):
+    """The flags that every command about a trained model takes; see `open_run`."""
+    parser.add_argument("run", metavar="RUN", help="folder of a training run")
+    parser.add_argument("--variance", choices=("large", "small", "learned"),
+                        help="reverse variance (default: small for ddpm, learned for the others)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"{seed_help} (default: 0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays live (default: cpu)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N",
+                        help="local processes that share the images (default: the cores this process may use)")
+
+
+def open_run(flags):
+    """The RunFolder that the flags name, after checking the flags of `add_model_flags` against it; UserError."""
+    from ddpm.runs import RunFolder
+    run = RunFolder.open(flags.run)
+    if flags.seed < 0 or flags.workers < 0:
+        raise UserError("--seed and --workers must be at least 0")
+    if flags.variance == "learned" and run.config.model == "ddpm":
+        raise UserError("--variance learned needs a model that has one (gddm or iddpm); use large or small")
+    return run
+
+
 def run_command(main):
     """Run `main()` as a command: leaves by SystemExit, with status 0 (or what main returns), or 2 after a sentence.
 

@@ -7,7 +7,7 @@ standard error over images; the curve over t is written to RUN/bits.png.
 import json
 import math
 
-from ddpm.commands import CommandParser, UserError, run_command
+from ddpm.commands import CommandParser, UserError, add_model_flags, open_run, run_command
 
 
 def parser():
@@ -15,32 +15,21 @@ def parser():
     p = CommandParser(prog="python -m ddpm.evaluate", description=__doc__, epilog="example:\n"
                       "  python -m ddpm.evaluate bpd runs/gddm-mnist5k-1 --images 500 --strata 64 --json")
     p.add_argument("what", choices=("bpd",), help="what to measure")
-    p.add_argument("run", metavar="RUN", help="folder of a training run")
+    add_model_flags(p, "of times and noise")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout, for scripts")
     p.add_argument("--images", type=int, default=500, metavar="N", help="test images (default: 500)")
     p.add_argument("--strata", type=int, default=64, metavar="K", help="times drawn per image for the sum over t; "
                    "as many as the model's T give the whole sum (default: 64)")
-    p.add_argument("--variance", choices=("large", "small", "learned"),
-                   help="reverse variance (default: small for ddpm, learned for the others)")
     p.add_argument("--data-dir", metavar="DIR", help="folder with the data's official files")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of times and noise (default: 0)")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays live (default: cpu)")
-    p.add_argument("--workers", type=int, default=0, metavar="N",
-                   help="local processes that share the images (default: the cores this process may use)")
     return p
 
 
 def main(argv=None):
     """Evaluate as the flags say; returns the exit status."""
     flags = parser().parse_args(argv)
-    from ddpm.runs import RunFolder
-    run = RunFolder.open(flags.run)
+    run = open_run(flags)
     if flags.images < 2 or flags.strata < 1:
         raise UserError("--images must be at least 2 (a standard error needs two) and --strata at least 1")
-    if flags.seed < 0 or flags.workers < 0:
-        raise UserError("--seed and --workers must be at least 0")
-    if flags.variance == "learned" and run.config.model == "ddpm":
-        raise UserError("--variance learned needs a model that has one (gddm or iddpm); use large or small")
     return _bits(run, flags)
 
 

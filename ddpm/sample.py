@@ -6,43 +6,31 @@ uncertainty on the way from noise to image.
 
 from pathlib import Path
 
-from ddpm.commands import CommandParser, UserError, run_command
+from ddpm.commands import CommandParser, UserError, add_model_flags, open_run, run_command
 
 
 def parser():
     """The command's flags."""
     p = CommandParser(prog="python -m ddpm.sample", description=__doc__, epilog="example:\n"
                       "  python -m ddpm.sample runs/gddm-mnist5k-1 --num 64 --steps 100 --out pictures")
-    p.add_argument("run", metavar="RUN", help="folder of a training run")
+    add_model_flags(p, "image i is a function of the seed and i")
     p.add_argument("--num", type=int, default=16, metavar="N", help="number of images (default: 16)")
     p.add_argument("--steps", type=int, metavar="K",
                    help="network passes per image, from 1 to the model's T (default: 250, or T if that is less)")
-    p.add_argument("--variance", choices=("large", "small", "learned"),
-                   help="reverse variance (default: small for ddpm, learned for the others)")
     p.add_argument("--out", metavar="DIR", help="where to write (default: RUN/samples-seed-SEED-steps-K)")
-    p.add_argument("--seed", type=int, default=0, metavar="N",
-                   help="image i is a function of the seed and i (default: 0)")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays live (default: cpu)")
-    p.add_argument("--workers", type=int, default=0, metavar="N",
-                   help="local processes that share the images (default: the cores this process may use)")
     return p
 
 
 def main(argv=None):
     """Sample as the flags say; returns the exit status."""
     flags = parser().parse_args(argv)
-    from ddpm.runs import RunFolder
-    run = RunFolder.open(flags.run)
+    run = open_run(flags)
     flags.steps = min(250, run.config.T) if flags.steps is None else flags.steps
     if flags.num < 1:
         raise UserError(f"--num must be at least 1, got {flags.num}")
     if not 1 <= flags.steps <= run.config.T:
         raise UserError(f"--steps must lie in 1..{run.config.T}, the number of steps this model was trained with, "
                         f"got {flags.steps}")
-    if flags.seed < 0 or flags.workers < 0:
-        raise UserError("--seed and --workers must be at least 0")
-    if flags.variance == "learned" and run.config.model == "ddpm":
-        raise UserError("--variance learned needs a model that has one (gddm or iddpm); use large or small")
     out = Path(flags.out) if flags.out else run.path / f"samples-seed-{flags.seed}-steps-{flags.steps}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already and is not an empty folder; choose another with --out")
