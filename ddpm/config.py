@@ -30,8 +30,12 @@ class TrainConfig:
 
     model: str = setting("gddm", "model", "what the network says about x_0: ddpm its mean, iddpm also the reverse "
                          "variance, gddm a Gaussian p(x_0|x_t)", choices=("ddpm", "iddpm", "gddm"))
-    objective: str = setting("default", "model", "training loss, the model's first by default; ddpm: simple, vlb; "
-                             "iddpm: hybrid, vlb; gddm: balanced, kl (as published), pairs, simple+kl")
+    objective: str = setting("default", "model", "training loss, the model's first by default (gddm that predicts v: "
+                             "balanced-v); ddpm: simple, vlb; iddpm: hybrid, vlb; gddm: balanced, balanced-v, kl (as "
+                             "published), pairs, simple+kl")
+    prediction: str = setting("default", "model", "what the network's first output is: the noise eps, or v = lam_bar "
+                              "eps - sigma_bar x_0, from which eps follows; default: v for gddm, eps for the others",
+                              choices=("default", "eps", "v"))
     T: int = setting(1000, "model", "number of noising steps")
     schedule: str = setting("linear", "model", "how the step variances grow", choices=("linear", "cosine"))
 
@@ -101,6 +105,11 @@ class TrainConfig:
     def _check(self, name, holds, wish):
         if not holds:
             raise ValueError(f"{flag(name)} must be {wish}, got {_text(getattr(self, name))}")
+
+    @property
+    def network_predicts(self):
+        """`prediction` with the default filled in: "eps" or "v"."""
+        return ("v" if self.model == "gddm" else "eps") if self.prediction == "default" else self.prediction
 
     # ---- config.json
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ddpm import ddpm, gddm, iddpm
 from ddpm.denoiser import Denoiser, Prediction
+from ddpm.parameterization import eps_from_v
 from ddpm.randomness import generator
 from ddpm.schedule import NoiseSchedule
 from nn.backend import array_module, per_example
@@ -52,6 +53,13 @@ def _pairs(stop_mean_gradient):
     return evaluate
 
 
+def _simple_in_v(output, batch, schedule, bin_width):
+    """Mean over dimensions of (v - v_hat)^2: the squared error of eps divided by (d eps/d v)^2 at each t (L22)."""
+    values, gradient = SIMPLE(output, batch, schedule, bin_width)
+    weight = _noise_from_v_weights(batch.t, schedule)[1]**-2
+    return per_example(weight, values) * values, per_example(weight, gradient) * gradient
+
+
 SIMPLE = _objective(ddpm.simple_loss)
 KL = _objective(gddm.kl_loss)
 PAIRS, PAIRS_OF_VARIANCE = _pairs(stop_mean_gradient=False), _pairs(stop_mean_gradient=True)
@@ -64,6 +72,9 @@ OBJECTIVES = {
         # the variance right there; random pairs do the same for the variance at high noise, which a single
         # step hardly depends on (G05: c^2/var is 0.01 there). results/README.md has the table that chose it.
         "balanced": _weighted_sum((1, SIMPLE), (0.003, KL), (0.0003, PAIRS_OF_VARIANCE)),
+        # The same with the squared error of v, which asks more of the mean at high noise, where shapes are decided: for
+        # networks that predict v.
+        "balanced-v": _weighted_sum((1, _simple_in_v), (0.003, KL), (0.0003, PAIRS_OF_VARIANCE)),
         "kl": KL,
         "pairs": PAIRS,
         "simple+kl": _weighted_sum((1, SIMPLE), (0.01, KL)),
@@ -77,11 +88,14 @@ def default_variance(model):
     return "small" if model == "ddpm" else "learned"
 
 
-def find_objective(model, name="default"):
-    """The objective `name` of `model`, its first for "default"; ValueError that lists the names for another."""
+def find_objective(model, name="default", prediction="eps"):
+    """The objective `name` of `model`; ValueError that lists the names for another.
+
+    "default" is the model's first, and "balanced-v" for a gddm whose network predicts v.
+    """
     objectives = OBJECTIVES[model]
     if name == "default":
-        return next(iter(objectives.values()))
+        return objectives["balanced-v"] if (model, prediction) == ("gddm", "v") else next(iter(objectives.values()))
     if name not in objectives:
         raise ValueError(f"--objective of model {model} must be one of {', '.join(objectives)}, got {name!r}")
     return objectives[name]
@@ -109,7 +123,36 @@ def load_denoiser(run, device="cpu"):
     arrays, metadata = run.load_checkpoint()
     network = build_network(run.config, metadata["image_shape"][2], generator(run.config.seed, "weights"))
     network.load({name.removeprefix("ema/"): a for name, a in arrays.items() if name.startswith("ema/")})
-    return NetworkDenoiser(network.to(device), run.config.model, build_schedule(run.config)), metadata
+    config = run.config
+    return NetworkDenoiser(network.to(device), config.model, build_schedule(config), config.network_predicts), metadata
+
+
+# ---- from what the network predicts to the noise (L22)
+
+def noise_output(output, x_t, t, schedule, prediction):
+    """The network's output with its first C channels as eps, where it predicts v = lam_bar eps - sigma_bar x_0.
+
+    An error of v stays an error of its own size in x_0; an error of eps grows by sigma_bar / lam_bar, which at
+    t = T is a hundred and more. A network that predicts v starts from eps = sigma_bar x_t, right for pure noise.
+    """
+    if prediction == "eps":
+        return output
+    eps = eps_from_v(output[..., :x_t.shape[-1]], x_t, t, schedule)
+    return array_module(output).concatenate([eps, output[..., x_t.shape[-1]:]], axis=-1)
+
+
+def noise_output_backward(gradient, x_t, t, schedule, prediction):
+    """The gradient with respect to the network's output, from that of `noise_output`, which it overwrites."""
+    if prediction == "v":
+        _, of_v = _noise_from_v_weights(t, schedule)
+        gradient[..., :x_t.shape[-1]] *= per_example(of_v, x_t)
+    return gradient
+
+
+def _noise_from_v_weights(t, schedule):
+    """eps = of_x x_t + of_v v; variance preserving: sigma_bar and lam_bar."""
+    total = schedule.lam_bar[t]**2 + schedule.sigma2_bar[t]
+    return np.sqrt(schedule.sigma2_bar[t]) / total, schedule.lam_bar[t] / total
 
 
 class NetworkDenoiser(Denoiser):
@@ -121,16 +164,18 @@ class NetworkDenoiser(Denoiser):
         Called as network(x_t, t); channels of x_t last.
     model : "ddpm", "iddpm" or "gddm"
     schedule : NoiseSchedule
+    prediction : "eps" or "v"
+        What the network's first output is.
     """
 
-    def __init__(self, network, model, schedule):
+    def __init__(self, network, model, schedule, prediction="eps"):
         super().__init__(schedule)
-        self.network, self.model = network.eval(), model
+        self.network, self.model, self.prediction = network.eval(), model, prediction
 
     def predict(self, x_t, t):
         """Prediction for x_t at time t, an int or (N,) host integers; var_x0 for gddm, v for iddpm."""
         self.evaluations += len(x_t)
-        output = self.network(x_t, t)
+        output = noise_output(self.network(x_t, t), x_t, t, self.schedule, self.prediction)
         eps, head = output[..., :x_t.shape[-1]], output[..., x_t.shape[-1]:]
         x0 = self._x0(eps, x_t, t)
         if self.model == "ddpm":
@@ -145,7 +190,10 @@ class NetworkDenoiser(Denoiser):
         """v times the Jacobian d eps / d x_t, by one hand-written backward pass that leaves the parameters alone."""
         self.vjps += len(x_t)
         output = self.network(x_t, t)
-        return self.network.backward(ddpm.output_gradient(output, d_eps=v), params=False)
+        if self.prediction == "eps":
+            return self.network.backward(ddpm.output_gradient(output, d_eps=v), params=False)
+        of_x, of_v = (per_example(w, x_t) for w in _noise_from_v_weights(t, self.schedule))
+        return of_x * v + self.network.backward(ddpm.output_gradient(output, d_eps=of_v * v), params=False)
 
     def _x0(self, eps, x_t, t):
         noise, lam = np.sqrt(self.schedule.sigma2_bar[t]), self.schedule.lam_bar[t]

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm.iddpm import ImportanceSampledTimes
-from ddpm.models import Batch, build_network, build_schedule, find_objective
+from ddpm.models import (
+    Batch,
+    build_network,
+    build_schedule,
+    find_objective,
+    noise_output,
+    noise_output_backward,
+)
 from ddpm.randomness import SampleStreams, generator
 from nn.backend import device_module, to_host
 from nn.dropout import Dropout
@@ -69,7 +76,8 @@ class Trainer:
 
     def __init__(self, config, dataset, group):
         self.config, self.dataset, self.group = config, dataset, group
-        self.schedule, self.objective = build_schedule(config), find_objective(config.model, config.objective)
+        self.schedule = build_schedule(config)
+        self.objective = find_objective(config.model, config.objective, config.network_predicts)
         by_importance = (config.model, config.objective) == ("iddpm", "vlb")
         self.times = ImportanceSampledTimes(config.T) if by_importance else UniformTimes(config.T)
         self.xp = device_module(config.device)
@@ -121,10 +129,11 @@ class Trainer:
             for module in self.network.modules():
                 if isinstance(module, Dropout):
                     module.rng = masks
-        output = self.network(batch.x_t, batch.t)
+        where = batch.x_t, batch.t, self.schedule, self.config.network_predicts
+        output = noise_output(self.network(batch.x_t, batch.t), *where)
         values, gradient = self.objective(output, batch, self.schedule, self.dataset.bin_width)
         gradient *= self.xp.asarray((weight / self.config.batch_size).astype(np.float32)).reshape(-1, 1, 1, 1)
-        self.network.backward(gradient)
+        self.network.backward(noise_output_backward(gradient, *where))
         return to_host(values)
 
     def _batch(self, number, indices, t, positions):

@@ -23,7 +23,7 @@ from ddpm.commands import run_command
 from ddpm.generate import draw_images
 from ddpm.likelihood import evaluate_bits
 from ddpm.metrics import frechet_distance
-from ddpm.mixture import two_component
+from ddpm.mixture import GaussianMixture
 from ddpm.models import default_variance, find_objective, load_denoiser
 from ddpm.parallel import make_group
 from ddpm.points import fit_points, recovery
@@ -33,7 +33,7 @@ from ddpm.schedule import NoiseSchedule
 from nn.backend import keep_freed_memory
 
 MAIN = (("ddpm", "simple"), ("iddpm", "hybrid"), ("gddm", "balanced"))
-OTHERS = (("gddm", "kl"), ("gddm", "simple+kl"), ("gddm", "pairs"))
+OTHERS = (("gddm", "balanced-v"), ("gddm", "kl"), ("gddm", "simple+kl"), ("gddm", "pairs"))
 SAMPLES, SAMPLE_STEPS, BITS_IMAGES, STRATA, COMPONENTS = 192, 100, 500, 32, 64
 
 
@@ -60,7 +60,8 @@ def measured(folder, model, objective, seed, train_flags):
     """(row of the table, samples) of one run, trained and measured where that has not been done."""
     if not (folder / "config.json").exists():
         status = train.main(["--model", model, "--objective", objective, "--seed", str(seed), "--out", str(folder),
-                             "--samples", "0", *train_flags])
+                             "--prediction", "v" if objective.endswith("-v") else "eps", "--samples", "0",
+                             *train_flags])
     else:
         run = RunFolder.open(folder)
         finished = bool(run.metrics()) and run.metrics()[-1]["step"] >= run.config.steps
@@ -106,7 +107,7 @@ def pixel_frechet(train_images, test_images, images):
 
 def mixture_errors(objective, seed):
     """Errors of the learned posterior mean and variance on the two-component mixture, means over t (G08)."""
-    schedule, world = NoiseSchedule.linear(1000), two_component()
+    schedule, world = NoiseSchedule.linear(1000), GaussianMixture.two_component()
     denoiser = fit_points(world, schedule, find_objective("gddm", objective), batch_size=256, seed=seed)
     pairs = [(0, t) for t in range(50, 1000, 100)]
     found = recovery(denoiser, world, pairs, generator(seed, "recovery"))

@@ -17,6 +17,8 @@ from ddpm.models import (
     default_variance,
     find_objective,
     load_denoiser,
+    noise_output,
+    noise_output_backward,
 )
 from ddpm.runs import RunFolder, UserError
 from ddpm.samplers.ancestral import learned_variance
@@ -30,12 +32,12 @@ TINY = TrainConfig(data="digits", T=20, schedule="cosine", base_channels=8, chan
                    groups=4, heads=2, batch_size=8)
 
 
-def denoiser(model, channels=2, dtype=np.float64):
+def denoiser(model, channels=2, dtype=np.float64, prediction="eps"):
     """A network without zeros; each call gives the same one."""
     network = UNet(channels, OUTPUTS[model] * channels, base_channels=8, channel_mults=(1, 2), attention_levels=(1,),
                    groups=4, heads=2, rng=np.random.default_rng(0), dtype=dtype)
     network.flat_parameters[...] += 0.1 * np.random.default_rng(1).standard_normal(network.num_parameters)
-    return NetworkDenoiser(network, model, SCHEDULE)
+    return NetworkDenoiser(network, model, SCHEDULE, prediction)
 
 
 def noisy(rng, n=3, channels=2, dtype=np.float64):
@@ -46,13 +48,17 @@ TIMES = [1, 7, 20, np.array([1, 12, 20])]
 
 
 @pytest.mark.parametrize("t", TIMES, ids=str)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("model", MODELS)
-def test_L22_mean_of_the_image_and_of_the_noise_say_the_same(model, t, rng):
-    x_t, d = noisy(rng), denoiser(model)
+def test_L22_mean_of_the_image_and_of_the_noise_say_the_same(model, prediction, t, rng):
+    x_t, d = noisy(rng), denoiser(model, prediction=prediction)
     prediction = d.predict(x_t, t)
     lam, noise = (np.reshape(v[t], (-1, 1, 1, 1)) for v in (SCHEDULE.lam_bar, np.sqrt(SCHEDULE.sigma2_bar)))
     np.testing.assert_allclose(lam * prediction.x0 + noise * prediction.eps, x_t, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(prediction.eps, d.network(x_t, t)[..., :2])
+    first = d.network(x_t, t)[..., :2]
+    expected = first if d.prediction == "eps" else lam * first + noise * x_t       # variance preserving
+    np.testing.assert_allclose(prediction.eps, expected, rtol=1e-12)
+    assert d.prediction == "eps" or np.abs(prediction.eps - (lam * first - noise * x_t)).max() > 0.01
     assert prediction.x0.shape == prediction.eps.shape == x_t.shape
     assert (d.evaluations, d.vjps) == (3, 0)
 
@@ -206,9 +212,10 @@ def test_load_denoiser_takes_the_averaged_weights(saved, rng):
     assert metadata == {"step": 3, "image_shape": [4, 4, 1], "levels": 17}
     assert d.model == "gddm" and d.schedule.T == 20 and not d.network.training
     x_t = noisy(rng, channels=1, dtype=np.float32)
-    eps, current = d.predict(x_t, 5).eps, network(x_t, 5)[..., :1]
+    same = NetworkDenoiser(network, "gddm", SCHEDULE, TINY.network_predicts)
+    eps, current = d.predict(x_t, 5).eps, same.predict(x_t, 5).eps
     network.flat_parameters[...] = average
-    np.testing.assert_array_equal(eps, network.eval()(x_t, 5)[..., :1])
+    np.testing.assert_array_equal(eps, same.predict(x_t, 5).eps)
     assert np.abs(eps - current).max() > 1e-3
 
 
@@ -228,3 +235,38 @@ def test_help_names_every_objective_in_order():
     text = next(f for f in fields(TrainConfig) if f.name == "objective").metadata["help"].replace(" (as published)", "")
     for model, objectives in OBJECTIVES.items():
         assert f"{model}: {', '.join(objectives)}" in text
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, NoiseSchedule(np.full(20, 1.0), np.linspace(0.1, 1, 20))],
+                         ids=["VP", "VE"])
+def test_L22_v_as_output_and_its_gradient(schedule, rng):
+    """v = lam_bar eps - sigma_bar x_0 at the door, and the transpose of that map on the way back."""
+    x0, eps, t = noisy(rng), noisy(rng), np.array([1, 12, 20])
+    head, x_t = noisy(rng), schedule.add_noise(x0, t, eps)
+    lam, noise = (np.reshape(v[t], (-1, 1, 1, 1)) for v in (schedule.lam_bar, np.sqrt(schedule.sigma2_bar)))
+    output = np.concatenate([lam * eps - noise * x0, head], axis=-1)
+    read = noise_output(output, x_t, t, schedule, "v")
+    np.testing.assert_allclose(read, np.concatenate([eps, head], axis=-1), atol=1e-12)
+    assert noise_output(output, x_t, t, schedule, "eps") is output
+    w, d = rng.standard_normal(output.shape), rng.standard_normal(output.shape)
+    moved = noise_output(output + d, x_t, t, schedule, "v") - read
+    np.testing.assert_allclose((w * moved).sum(), (noise_output_backward(w.copy(), x_t, t, schedule, "v") * d).sum(),
+                               rtol=1e-9)
+    assert abs((w * moved).sum() - (w * d).sum()) > 0.01                             # forgetting the factor shows
+
+
+def test_vjp_of_a_network_that_predicts_v(rng):
+    d, x_t, t, v, w = denoiser("gddm", prediction="v"), noisy(rng), np.array([1, 12, 20]), noisy(rng), noisy(rng)
+    step = 1e-6
+    difference = (d.predict(x_t + step * w, t).eps - d.predict(x_t - step * w, t).eps) / (2 * step)
+    np.testing.assert_allclose((v * difference).sum(), (d.vjp(x_t, t, v) * w).sum(), rtol=1e-7)
+
+
+def test_a_run_remembers_what_its_network_predicts(tmp_path):
+    for prediction in ("v", "eps"):
+        config = dataclasses.replace(TINY, prediction=prediction)
+        network = build_network(config, 1, np.random.default_rng(0))
+        with RunFolder.create(tmp_path / prediction, config) as run:
+            run.save_checkpoint({f"ema/{name}": a for name, a in network.parameters().items()},
+                                {"image_shape": [8, 8, 1], "levels": 17, "step": 0})
+            assert load_denoiser(run)[0].prediction == prediction

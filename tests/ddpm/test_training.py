@@ -11,7 +11,7 @@ import nn.module
 from ddpm import training
 from ddpm.config import TrainConfig
 from ddpm.data import Dataset, load
-from ddpm.models import Batch
+from ddpm.models import Batch, noise_output, noise_output_backward
 from ddpm.parallel import Alone, make_group
 from ddpm.training import DropoutDraws, NotFinite, Trainer, UniformTimes, batch_indices, learning_rate, named_views
 from nn.dropout import Dropout, dropout_mask
@@ -95,9 +95,10 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(model, digits):
     t, _ = reference.times.sample(config.batch_size, reference._streams(1, positions, "time"))
     indices = batch_indices(config.seed, 1, config.batch_size, len(digits.train_images))
     batch = reference._batch(1, indices, t, positions)
-    output = reference.network(batch.x_t, batch.t)
+    where = batch.x_t, batch.t, reference.schedule, config.network_predicts
+    output = noise_output(reference.network(batch.x_t, batch.t), *where)
     values, gradient = reference.objective(output, batch, reference.schedule, digits.bin_width)
-    reference.network.backward(gradient / config.batch_size)
+    reference.network.backward(noise_output_backward(gradient / config.batch_size, *where))
     result = trainer.step(1)
     expected = reference.network.flat_gradients
     assert result.loss == pytest.approx(values.mean(), rel=1e-5)
