@@ -6,9 +6,8 @@ follows from the other, E[x_0 | x_t] = (x_t - sqrt(sigma2_bar_t) E[eps | x_t]) /
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from nn.backend import per_example
+from ddpm.gddm import data_to_noise
+from ddpm.parameterization import x0_from_eps
 
 
 class Prediction(NamedTuple):
@@ -44,8 +43,7 @@ class Denoiser:
         """Wrap `fn(x_t, t)`, the predicted noise, and optionally `vjp(x_t, t, v)`, the row vectors v d fn/d x_t."""
         def predict(x_t, t):
             eps = fn(x_t, t)
-            noise, lam = per_example(np.sqrt(schedule.sigma2_bar[t]), x_t), per_example(schedule.lam_bar[t], x_t)
-            return Prediction(eps=eps, x0=(x_t - noise * eps) / lam)
+            return Prediction(eps=eps, x0=x0_from_eps(eps, x_t, t, schedule))
         return cls(schedule, predict, vjp)
 
     @classmethod
@@ -53,8 +51,8 @@ class Denoiser:
         """Wrap `fn(x_t, t) -> (mean_x0, var_x0)`, both shaped as x_t; `vjp` as in `from_eps`."""
         def predict(x_t, t):
             x0, var_x0 = fn(x_t, t)
-            noise, lam = per_example(np.sqrt(schedule.sigma2_bar[t]), x_t), per_example(schedule.lam_bar[t], x_t)
-            return Prediction(eps=(x_t - lam * x0) / noise, x0=x0, var_x0=var_x0, var_eps=(lam / noise)**2 * var_x0)
+            eps, var_eps = data_to_noise(x0, var_x0, x_t, t, schedule)
+            return Prediction(eps=eps, x0=x0, var_x0=var_x0, var_eps=var_eps)
         return cls(schedule, predict, vjp)
 
     def predict(self, x_t, t):

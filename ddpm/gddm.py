@@ -31,6 +31,7 @@ from ddpm.ddpm import (
     sum_per_example,
     variance_channels,
 )
+from ddpm.parameterization import eps_from_x0, x0_from_eps
 from nn.backend import array_module, per_example
 
 LOG_VARIANCE_BOUNDS = (-24.0, 5.0)
@@ -42,15 +43,13 @@ LOG_VARIANCE_BOUNDS = (-24.0, 5.0)
 def noise_to_data(mean_eps, var_eps, x_t, t, schedule):
     """Gaussian of x_0 from that of the noise: (mean_x0, var_x0), shaped as x_t (G04)."""
     lam, noise = schedule.lam_bar[t], np.sqrt(schedule.sigma2_bar[t])
-    mean_x0 = (x_t - per_example(noise, x_t) * mean_eps) / per_example(lam, x_t)
-    return mean_x0, per_example((noise / lam)**2, x_t) * var_eps
+    return x0_from_eps(mean_eps, x_t, t, schedule), per_example((noise / lam)**2, x_t) * var_eps
 
 
 def data_to_noise(mean_x0, var_x0, x_t, t, schedule):
     """Gaussian of the noise from that of x_0: (mean_eps, var_eps), shaped as x_t; t >= 1 (G04)."""
     lam, noise = schedule.lam_bar[t], np.sqrt(schedule.sigma2_bar[t])
-    mean_eps = (x_t - per_example(lam, x_t) * mean_x0) / per_example(noise, x_t)
-    return mean_eps, per_example((lam / noise)**2, x_t) * var_x0
+    return eps_from_x0(mean_x0, x_t, t, schedule), per_example((lam / noise)**2, x_t) * var_x0
 
 
 # ---- the reverse step (G01, G03, G05)

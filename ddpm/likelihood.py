@@ -19,7 +19,7 @@ from ddpm.ddpm import fixed_variance
 from ddpm.metrics import bits_per_dim
 from ddpm.randomness import SampleStreams
 from ddpm.samplers.ancestral import clip_x0, learned_variance
-from nn.backend import array_module, to_host
+from nn.backend import array_module, per_example, to_host
 
 
 class Bits(NamedTuple):
@@ -69,7 +69,7 @@ def reverse_model(denoiser, schedule, variance, clip=None):
         if variance == "learned":
             return mean, learned_variance(prediction, x_t, s, t, schedule)
         var = fixed_variance(variance, s, t, schedule)
-        return mean, array_module(x_t).ones_like(x_t) * _column(var, x_t)
+        return mean, array_module(x_t).ones_like(x_t) * per_example(var, x_t)
     return reverse
 
 
@@ -132,9 +132,3 @@ def evaluate_bits(denoiser, schedule, images, scale, group, *, chunk=16, progres
     group.run(work)
     rows = to_host(rows)
     return Bits(rows[:, 0], rows[:, 2:].T, rows[:, 1], time_strata(schedule.T, strata))
-
-
-def _column(values, x):
-    """(N,) or a float, in x's library and dtype, broadcasting over x."""
-    xp = array_module(x)
-    return xp.asarray(np.asarray(values, dtype=x.dtype)).reshape((-1,) + (1,) * (x.ndim - 1))

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpm import ddpm, gddm, iddpm
 from ddpm.denoiser import Denoiser, Prediction
-from ddpm.parameterization import eps_from_v
+from ddpm.parameterization import eps_from_v, x0_from_eps
 from ddpm.randomness import generator
 from ddpm.schedule import NoiseSchedule
 from nn.backend import array_module, per_example
@@ -177,11 +177,10 @@ class NetworkDenoiser(Denoiser):
         self.evaluations += len(x_t)
         output = noise_output(self.network(x_t, t), x_t, t, self.schedule, self.prediction)
         eps, head = output[..., :x_t.shape[-1]], output[..., x_t.shape[-1]:]
-        x0 = self._x0(eps, x_t, t)
         if self.model == "ddpm":
-            return Prediction(eps=eps, x0=x0)
+            return Prediction(eps=eps, x0=x0_from_eps(eps, x_t, t, self.schedule))
         if self.model == "iddpm":
-            return Prediction(eps=eps, x0=x0, v=head)
+            return Prediction(eps=eps, x0=x0_from_eps(eps, x_t, t, self.schedule), v=head)
         var_eps = array_module(head).exp(gddm.log_variance(head)[0])
         mean_x0, var_x0 = gddm.noise_to_data(eps, var_eps, x_t, t, self.schedule)
         return Prediction(eps=eps, x0=mean_x0, var_x0=var_x0, var_eps=var_eps)
@@ -194,7 +193,3 @@ class NetworkDenoiser(Denoiser):
             return self.network.backward(ddpm.output_gradient(output, d_eps=v), params=False)
         of_x, of_v = (per_example(w, x_t) for w in _noise_from_v_weights(t, self.schedule))
         return of_x * v + self.network.backward(ddpm.output_gradient(output, d_eps=of_v * v), params=False)
-
-    def _x0(self, eps, x_t, t):
-        noise, lam = np.sqrt(self.schedule.sigma2_bar[t]), self.schedule.lam_bar[t]
-        return (x_t - per_example(noise, x_t) * eps) / per_example(lam, x_t)

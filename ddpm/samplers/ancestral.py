@@ -11,13 +11,12 @@ The step to s = 0 returns the mean. `chain` is the loop itself; another sampler 
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ddpm.ddpm import fixed_variance
 from ddpm.gddm import reverse_moments
 from ddpm.iddpm import reverse_log_variance
+from ddpm.parameterization import eps_from_x0
 from ddpm.randomness import normal_like
-from nn.backend import array_module, per_example
+from nn.backend import array_module
 
 
 class Step(NamedTuple):
@@ -101,8 +100,7 @@ def chain(denoiser, schedule, x_T, *, timesteps, step, rng, clip=None, callback=
 def clip_x0(prediction, x_t, t, schedule, clip):
     """The prediction with x_0 clamped to (lo, hi), and the noise that belongs to the clamped x_0."""
     x0 = array_module(x_t).clip(prediction.x0, *clip)
-    lam, noise = per_example(schedule.lam_bar[t], x_t), per_example(np.sqrt(schedule.sigma2_bar[t]), x_t)
-    return prediction._replace(x0=x0, eps=(x_t - lam * x0) / noise)
+    return prediction._replace(x0=x0, eps=eps_from_x0(x0, x_t, t, schedule))
 
 
 def _check_timesteps(timesteps, schedule):
