@@ -1,6 +1,7 @@
 """Diffusion models derived by hand: schedules, bounds, losses, samplers and the commands that use them.
 
-    derivations   schedule posterior gaussian parameterization elbo ddpm iddpm gddm mixture
+    derivations   schedule posterior gaussian parameterization elbo ddpm iddpm gddm
+    exact worlds  mixture gaps
     methods       denoiser models likelihood samplers generate training
     commands      train sample evaluate
 """

@@ -6,8 +6,11 @@ follows from the other, E[x_0 | x_t] = (x_t - sqrt(sigma2_bar_t) E[eps | x_t]) /
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ddpm.gddm import data_to_noise
 from ddpm.parameterization import x0_from_eps
+from nn.backend import per_example
 
 
 class Prediction(NamedTuple):
@@ -54,6 +57,23 @@ class Denoiser:
             eps, var_eps = data_to_noise(x0, var_x0, x_t, t, schedule)
             return Prediction(eps=eps, x0=x0, var_x0=var_x0, var_eps=var_eps)
         return cls(schedule, predict, vjp)
+
+    @classmethod
+    def from_world(cls, world, schedule):
+        """The exact denoiser of a world with `posterior_x0(x_t, t, schedule) -> (mean (N, D), cov (N, D, D))`.
+
+        x_t is (N, D); of the covariance `predict` gives the diagonal. The Jacobian of E[eps | x_t] is symmetric,
+        (I - Cov[eps | x_t]) / sqrt(sigma2_bar_t), so that `vjp` is exact too (C08).
+        """
+        def moments(x_t, t):
+            mean, cov = world.posterior_x0(x_t, t, schedule)
+            return mean, cov.diagonal(axis1=1, axis2=2)
+
+        def vjp(x_t, t, v):
+            _, cov = world.posterior_x0(x_t, t, schedule)
+            n, snr = per_example(np.sqrt(schedule.sigma2_bar[t]), v), per_example(schedule.snr[t], v)
+            return (v - snr * (cov @ v[:, :, None])[:, :, 0]) / n
+        return cls.from_moments(moments, schedule, vjp)
 
     def predict(self, x_t, t):
         """Prediction for x_t at the time t >= 1, an int or an (N,) integer array on the host."""

@@ -9,8 +9,7 @@ into d_k(t) = lam_bar_t^2 e_k + sigma2_bar_t. In the coordinates y_k = Q_k^T (x_
     x_s | x_t     = sum_k r_k N(lam_bar_s m_k + lam_ts Q_k h_k y_k, sigma2_ts Q_k h_k Q_k^T),  h_k = diag(d_k(s)/d_k(t))
 
 The last line is the true reverse step, for any s < t; at s = 0 it is the posterior of the clean state. It is a mixture,
-which no Gaussian p(x_s | x_t) can match: the best one, with its mean and covariance, misses `gaussian_gap` nats (G12).
-Everything is computed in float64.
+which no Gaussian p(x_s | x_t) can match: `ddpm.gaps` has what the best one misses (G12). Computed in float64.
 """
 
 from typing import Any, NamedTuple
@@ -81,10 +80,36 @@ class GaussianMixture:
 
         Unturned, the two coordinates are independent and every posterior covariance is diagonal; turned, they are not.
         """
-        angle = np.deg2rad(rotation_degrees)
-        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        means = np.array([[i, j] for i in (-3.0, 0.0, 3.0) for j in (-3.0, 0.0, 3.0)]) @ rotation.T
-        return cls(np.full(9, 1 / 9), means, np.tile(std**2 * np.eye(2), (9, 1, 1)))
+        means = np.array([[i, j] for i in (-3.0, 0.0, 3.0) for j in (-3.0, 0.0, 3.0)])
+        return cls(np.full(9, 1 / 9), means, np.tile(std**2 * np.eye(2), (9, 1, 1))).rotated(rotation_degrees)
+
+    @classmethod
+    def stripes(cls, std=0.1, rotation_degrees=45):
+        """Three long, thin Gaussians side by side, 1.3 long and `std` across, turned by `rotation_degrees` (C17).
+
+        Unturned, a diagonal covariance says all there is to say of a reverse step; at 45 degrees the coordinates of
+        x_s are correlated at every t, and a full covariance is needed. Each then has variance 0.97.
+        """
+        means = np.array([[0, -0.6], [0, 0], [0, 0.6]])
+        return cls(np.full(3, 1 / 3), means, np.tile(np.diag([1.3**2, std**2]), (3, 1, 1))).rotated(rotation_degrees)
+
+    @classmethod
+    def correlated(cls, rho=0.9, dim=2):
+        """One Gaussian of unit variances in which any two coordinates have correlation `rho` (L21).
+
+        ValueError unless -1/(dim - 1) < rho < 1: beyond that no such Gaussian exists.
+        """
+        if not (dim >= 2 and -1 / (dim - 1) < rho < 1):
+            raise ValueError(f"rho must lie strictly between -1/(dim - 1) and 1, and dim be >= 2, got {rho} and {dim}")
+        return cls([1.0], np.zeros((1, dim)), ((1 - rho) * np.eye(dim) + rho)[None])
+
+    def rotated(self, degrees):
+        """The same world in the plane, turned counter-clockwise about the origin; ValueError unless D = 2."""
+        if self.means.shape[1] != 2:
+            raise ValueError(f"only a world in two dimensions can be rotated, not one in {self.means.shape[1]}")
+        cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        R = np.array([[cos, -sin], [sin, cos]])
+        return GaussianMixture(self.weights, self.means @ R.T, R @ self.covariances @ R.T)
 
     # ---- moments and samples
 
@@ -180,34 +205,6 @@ class GaussianMixture:
         y = _rotate(xp.asarray(self._eigenvectors.swapaxes(1, 2)),
                     x.astype(np.float64)[:, None, :] - xp.asarray(lam * self.means))
         return xp, xp.asarray(log_norm) - 0.5 * (y * y / d).sum(axis=-1), y, d
-
-
-def gaussian_gap(world, s, t, schedule, nodes=400):
-    """What the best Gaussian for x_s | x_t misses: E KL(x_s | x_t || N(its mean, its variance)), nats (G12).
-
-    The divergence from the Gaussian of the same moments is the difference of the entropies. s = 0 gives the gap of
-    p(x_0 | x_t). Worlds on the line only (ValueError): both integrals are trapezoids of `nodes` points per component,
-    whose error falls exponentially in their number.
-    """
-    if world.means.shape[1] != 1 or (world.covariances <= 0).any():
-        raise ValueError("gaussian_gap integrates numerically, and needs a world with D = 1 and positive variances")
-    z = np.linspace(-9, 9, nodes)
-    p = np.exp(-0.5 * z * z)
-    p /= p.sum()                                                                            # E f(z) = sum p f(z)
-    marginal = world.noised(t, schedule)
-    x_t = marginal.means + np.sqrt(marginal.covariances[:, :, 0]) * z                       # (K, nodes)
-    reverse = world.reverse(x_t.reshape(-1, 1), s, t, schedule)
-    entropy = np.zeros(x_t.size)
-    variances = reverse.covariances[:, 0, 0]
-    for k, var in enumerate(variances):                                                     # E_k[-log sum_j w_j N_j]
-        x_s = reverse.means[:, k] + np.sqrt(var) * z                                        # (K nodes, nodes)
-        density = sum(reverse.weights[:, j, None] * np.exp(-0.5 * (x_s - reverse.means[:, j])**2 / v)
-                      / np.sqrt(2 * np.pi * v) for j, v in enumerate(variances))
-        with np.errstate(divide="ignore"):
-            log_density = np.where(reverse.weights[:, k, None] > 0, np.log(density), 0.0)
-        entropy -= reverse.weights[:, k] * (log_density @ p)
-    gap = 0.5 * np.log(2 * np.pi * np.e * reverse.cov()[:, 0, 0]) - entropy
-    return float((world.weights[:, None] * gap.reshape(x_t.shape) * p).sum())
 
 
 def _rotate(Q, y):

@@ -30,7 +30,7 @@ class Recovery(NamedTuple):
     mean : root mean square error of the mean, in units of the root mean variance of x_s | x_t
     var : root mean square error of the variance, in units of its root mean square
     ratio : mean variance over the exact mean variance; above 1 the model is less sure than it should be
-    nats : mean KL from the Gaussian of the exact moments to the model's. Together with `mixture.gaussian_gap`, which no
+    nats : mean KL from the Gaussian of the exact moments to the model's. Together with `gaps.gaussian_gap`, which no
         Gaussian escapes, it is the whole divergence from x_s | x_t (G12)
     eps : root mean square error of E[eps | x_t] itself, whatever s is
     """

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from ddpm.mixture import GaussianMixture
 from ddpm.schedule import NoiseSchedule
 
 property_test = settings(max_examples=50, deadline=None, derandomize=True)
@@ -17,6 +18,15 @@ def schedules(draw, variance_preserving=None):
     if draw(st.booleans()) if variance_preserving is None else variance_preserving:
         return NoiseSchedule.from_betas(rng.uniform(1e-4, 0.5, T))
     return NoiseSchedule(rng.uniform(0.7, 1.2, T), rng.uniform(1e-4, 0.5, T))
+
+
+@st.composite
+def mixtures(draw):
+    """Random mixtures of 1..4 Gaussians in 1..3 dimensions, with full covariances."""
+    k, dim, seed = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    weights, roots = rng.uniform(0.1, 1.0, k), rng.standard_normal((k, dim, dim + 1)) * rng.uniform(0.2, 1.0)
+    return GaussianMixture(weights / weights.sum(), rng.standard_normal((k, dim)), roots @ roots.swapaxes(1, 2))
 
 
 def general_schedule(T=20):

@@ -14,11 +14,11 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
            for folder in ("nn", "ddpm") for path in sorted((ROOT / folder).rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
-DERIVATIONS = {f"ddpm.{name}" for name in "schedule posterior gaussian parameterization elbo gddm iddpm ddpm mixture"
-               .split()}
+DERIVATIONS = {f"ddpm.{name}" for name in
+               "schedule posterior gaussian parameterization elbo gddm iddpm ddpm mixture gaps".split()}
 UPPER_FLOORS = {f"ddpm.{name}" for name in """
-    denoiser samplers models training train sample generate evaluate likelihood commands runs data config parallel
-    plots metrics""".split()}
+    denoiser empirical points samplers models training train sample generate evaluate likelihood commands runs data
+    config parallel plots metrics""".split()}
 MAX_LINES = 250
 EQUATIONS = {f"{letter}{i:02d}" for letter, last in (("L", 22), ("G", 12), ("C", 20), ("U", 18), ("E", 32))
              for i in range(1, last + 1)}

@@ -15,13 +15,6 @@ def schedule(request):
     return SCHEDULES[request.param]
 
 
-def moments(schedule):
-    def fn(x_t, t):
-        mean, cov = WORLD.posterior_x0(x_t, t, schedule)
-        return mean, np.einsum("nii->ni", cov)
-    return fn
-
-
 @pytest.mark.parametrize("t", [1, 10, np.array([1, 7, 25])])
 def test_L22_noise_and_image_are_one_prediction(t, schedule, rng):
     x_t = rng.standard_normal((3, 2))
@@ -34,12 +27,31 @@ def test_L22_noise_and_image_are_one_prediction(t, schedule, rng):
 @pytest.mark.parametrize("t", [1, 10, np.array([1, 7, 25])])
 def test_from_moments_agrees_with_from_eps_on_an_exact_world(t, schedule, rng):
     x_t = rng.standard_normal((3, 2))
-    exact = Denoiser.from_moments(moments(schedule), schedule).predict(x_t, t)
+    exact = Denoiser.from_world(WORLD, schedule).predict(x_t, t)
     assert isinstance(exact, Prediction)
+    mean, cov = WORLD.posterior_x0(x_t, t, schedule)
+    np.testing.assert_array_equal(exact.x0, mean)
+    np.testing.assert_array_equal(exact.var_x0, np.einsum("nii->ni", cov))
     again = Denoiser.from_eps(lambda x, t: exact.eps, schedule).predict(x_t, t)
     np.testing.assert_allclose(again.x0, exact.x0, rtol=1e-9, atol=1e-12)
     snr = np.reshape(schedule.snr[t], (-1, 1))
     np.testing.assert_allclose(exact.var_eps, snr * exact.var_x0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("t", [1, 10, 25, np.array([1, 7, 25])])
+def test_C08_the_worlds_vjp_is_the_derivative_of_its_noise(t, schedule, rng, fake):
+    denoiser, h = Denoiser.from_world(WORLD, schedule), 1e-5
+    x_t = schedule.add_noise(WORLD.sample(3, rng), t, rng.standard_normal((3, 2)))
+    v, u = rng.standard_normal((2, 3, 2))
+    vjp = denoiser.vjp(x_t, t, v)
+    slope = (denoiser.predict(x_t + h * u, t).eps - denoiser.predict(x_t - h * u, t).eps) / (2 * h)
+    scale = np.abs(vjp).max() * np.abs(u).max()
+    np.testing.assert_allclose((vjp * u).sum(axis=1), (v * slope).sum(axis=1), atol=1e-5 * scale)
+    without = v / np.reshape(np.sqrt(schedule.sigma2_bar[t]), (-1, 1))          # control: Cov[x_0 | x_t] left out
+    assert np.abs((without * u).sum(axis=1) - (v * slope).sum(axis=1)).max() > 1e-3 * scale
+    on_device = denoiser.vjp(fake.asarray(x_t), t, fake.asarray(v))
+    np.testing.assert_array_equal(fake.asnumpy(on_device), vjp)
+    assert denoiser.vjps == 6
 
 
 def test_passes_are_counted_in_images():

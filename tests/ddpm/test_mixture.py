@@ -1,12 +1,16 @@
-"""The exact world: every closed form against finite differences, quadrature or samples; G01 and G12 on it."""
+"""The exact world: every closed form against finite differences, quadrature or samples; G01 on it."""
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddpm import gaussian, gddm
-from ddpm.mixture import GaussianMixture, gaussian_gap
+from ddpm.gaps import diagonal_gap
+from ddpm.mixture import GaussianMixture
 from ddpm.schedule import NoiseSchedule
 from nn.backend import to_host
+from tests.helpers import mixtures, property_test, schedules
 
 LINEAR = NoiseSchedule.linear(1000)
 GENERAL = NoiseSchedule(np.linspace(1.05, 0.8, 1000)**0.02, np.geomspace(1e-5, 0.02, 1000))
@@ -21,7 +25,8 @@ def skewed():
 
 
 WORLDS = {"two": GaussianMixture.two_component(), "grid": GaussianMixture.grid(),
-          "rotated": GaussianMixture.grid(rotation_degrees=30), "skewed": skewed()}
+          "rotated": GaussianMixture.grid(rotation_degrees=30), "stripes": GaussianMixture.stripes(),
+          "correlated": GaussianMixture.correlated(0.95, 3), "skewed": skewed()}
 
 
 @pytest.fixture(params=WORLDS)
@@ -235,51 +240,78 @@ def test_G01_reverse_matches_bayes_pointwise(s, t, schedule):
     assert np.abs(marginals[1] - marginals[0]).max() > 1e-4       # q_t in place of q_s would show
 
 
-# ---- G12
+# ---- any mixture, any schedule, any two times
 
-def test_G12_the_gap_is_the_divergence_from_the_best_gaussian():
-    """Against a direct quadrature of the KL, at one x_t grid; any other Gaussian is farther away."""
-    world, t = GaussianMixture.two_component(), 200
-    x_t = np.linspace(-5, 5, 801)[:, None]
-    q = np.exp(world.noised(t, LINEAR).log_density(x_t))
-    q /= q.sum()
-    posterior = world.posterior_mixture(x_t, t, LINEAR)
-    x0 = np.linspace(-4, 4, 4001)
-    density = np.einsum("nk,nkx->nx", posterior.weights, np.exp(gaussian.log_normal(
-        x0, posterior.means, posterior.covariances[:, 0, 0][:, None])))
-    mean, var = posterior.mean(), posterior.cov()[:, 0]
-
-    def divergence(mean, var):
-        log_p = np.log(np.maximum(density, 1e-300))
-        return q @ (density * (log_p - gaussian.log_normal(x0, mean, var))).sum(axis=1) * (x0[1] - x0[0])
-    gap = gaussian_gap(world, 0, t, LINEAR)
-    assert gap == pytest.approx(divergence(mean, var), rel=1e-6)
-    for other in ((mean + 0.05, var), (mean, 1.1 * var), (mean, var / 1.1)):
-        assert divergence(*other) > gap + 1e-4
+@property_test
+@given(mixtures(), schedules(), st.data())
+def test_C01_C08_G01_tweedie_and_the_reverse_step_hold_for_any_mixture(world, schedule, data):
+    """Score and Hessian give the posterior's moments, and the posterior's moments the reverse step's."""
+    t = data.draw(st.integers(1, schedule.T))
+    s = data.draw(st.integers(0, t - 1))
+    noised, eye = world.noised(t, schedule), np.eye(world.means.shape[1])
+    x_t, lam, v = noised.sample(8, np.random.default_rng(t)), schedule.lam_bar[t], schedule.sigma2_bar[t]
+    mean, cov = world.posterior_x0(x_t, t, schedule)
+    digits = 1e-9 * (1 + v / lam**2)                                     # Tweedie's formulas cancel by this factor
+    np.testing.assert_allclose(mean, (x_t + v * noised.score(x_t)) / lam, rtol=1e-9, atol=digits)
+    np.testing.assert_allclose(cov, v / lam**2 * (eye + v * noised.hessian(x_t)), rtol=1e-8, atol=digits)
+    reverse, (a, b, var) = world.reverse(x_t, s, t, schedule), schedule.posterior(s, t)
+    np.testing.assert_allclose(reverse.mean(), a * mean + b * x_t, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(reverse.cov(), var * eye + a**2 * cov, rtol=1e-8, atol=1e-9)
+    assert s == 0 or np.abs(reverse.cov() - var * eye).max() > 1e-12    # control: a point estimate's covariance
 
 
-def test_G12_gap_against_time():
-    """None near the data, all of the data's own distance from a Gaussian at T; a single step's is small throughout."""
-    world = GaussianMixture.two_component()
-    gaps = [gaussian_gap(world, 0, t, LINEAR) for t in (1, 20, 50, 100, 200, 300, 500, 1000)]
-    assert gaps[0] < 1e-10 and (np.diff(gaps) > 0).all()
-    x0 = np.linspace(-4, 4, 20_001)
-    log_p = world.log_density(x0[:, None])
-    entropy = -(np.exp(log_p) * log_p).sum() * (x0[1] - x0[0])
-    np.testing.assert_allclose(gaps[-1], gaussian.entropy(1.0) - entropy, rtol=1e-3)
-    assert gaps[-1] == pytest.approx(0.93643, abs=1e-5)
-    one_step = {t: gaussian_gap(world, t - 1, t, LINEAR) for t in (2, 20, 100, 300, 1000)}
-    assert max(one_step.values()) < 1e-5 and max(one_step, key=one_step.get) == 100
-    skipping = gaussian_gap(world, 100, 300, LINEAR)
-    assert one_step[300] < skipping < gaps[5]
+@property_test
+@given(mixtures(), schedules(), st.data())
+def test_L15_reverse_is_bayes_rule_for_any_mixture(world, schedule, data):
+    """q(x_s | x_t) = q(x_t | x_s) q(x_s) / q(x_t) at every point; with q_t for q_s it fails."""
+    t = data.draw(st.integers(1, schedule.T))
+    s = data.draw(st.integers(0, t - 1))
+    rng, (lam_ts, sigma2_ts) = np.random.default_rng(t), schedule.between(s, t)
+    x_t, x_s = world.noised(t, schedule).sample(5, rng), world.noised(s, schedule).sample(5, rng)
+    reverse = world.reverse(x_t, s, t, schedule)
+    for i in range(5):
+        at_x_t = GaussianMixture(np.maximum(reverse.weights[i], 1e-300) / reverse.weights[i].sum(), reverse.means[i],
+                                 reverse.covariances)
+        q_s, q_t = (world.noised(time, schedule).log_density for time in (s, t))
+        kernel = gaussian.log_normal(x_t[i], lam_ts * x_s, sigma2_ts).sum(axis=1)
+        found, one = at_x_t.log_density(x_s), x_t[i:i + 1]
+        likely = found > -600                                           # beyond that, weights have underflowed
+        expected = kernel + q_s(x_s) - q_t(one)
+        np.testing.assert_allclose(found[likely], expected[likely], rtol=1e-8, atol=1e-7)
+    assert np.abs(q_s(x_s) - q_t(x_s)).max() > 1e-9
 
 
-def test_G12_a_gaussian_world_has_no_gap():
-    world = GaussianMixture([1.0], [[0.3]], [[[0.5]]])
-    for s, t in ((0, 10), (0, 500), (99, 100)):
-        assert abs(gaussian_gap(world, s, t, LINEAR)) < 1e-12
-    with pytest.raises(ValueError, match="D = 1"):
-        gaussian_gap(GaussianMixture.grid(), 0, 10, LINEAR)
+@property_test
+@given(mixtures(), schedules(), st.data())
+def test_L17_score_is_the_gradient_for_any_mixture(world, schedule, data):
+    noised = world.noised(data.draw(st.integers(1, schedule.T)), schedule)
+    x, h = noised.sample(4, np.random.default_rng(1)), 2e-3 * np.sqrt(np.linalg.eigvalsh(noised.covariances).min())
+    score, hessian = noised.score(x), noised.hessian(x)
+    assert np.abs(differences(noised.log_density, x, h) - score).max() < 1e-6 * np.abs(score).max()
+    assert np.abs(differences(noised.score, x, h) - hessian).max() < 1e-6 * np.abs(hessian).max()
+
+
+# ---- the other worlds
+
+def test_C17_stripes_need_a_full_covariance_only_when_turned(rng):
+    straight, turned = GaussianMixture.stripes(rotation_degrees=0), GaussianMixture.stripes()
+    assert straight.cov() == pytest.approx(np.diag([1.69, 0.25]), abs=1e-12)
+    assert np.diag(turned.cov()) == pytest.approx([0.97, 0.97], abs=1e-12)
+    for s, t in ((0, 300), (100, 300), (200, 600)):
+        x = straight.noised(t, LINEAR).sample(500, rng)
+        assert np.abs(straight.reverse(x, s, t, LINEAR).cov()[:, 0, 1]).max() < 1e-12
+        cov = turned.reverse(turned.noised(t, LINEAR).sample(500, rng), s, t, LINEAR).cov()
+        assert diagonal_gap(cov).mean() > 0.1                           # nats of a step that no diagonal can have
+
+
+def test_L21_correlated_world():
+    world = GaussianMixture.correlated(0.8, 4)
+    np.testing.assert_allclose(world.cov(), 0.2 * np.eye(4) + 0.8, rtol=1e-15)
+    for rho, dim in ((1.0, 2), (-0.5, 3), (0.5, 1)):
+        with pytest.raises(ValueError, match="rho must lie strictly between"):
+            GaussianMixture.correlated(rho, dim)
+    with pytest.raises(ValueError, match="only a world in two dimensions"):
+        world.rotated(10)
 
 
 # ---- the rest

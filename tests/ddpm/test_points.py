@@ -5,7 +5,8 @@ import pytest
 
 from ddpm import gaussian
 from ddpm.denoiser import Denoiser
-from ddpm.mixture import GaussianMixture, gaussian_gap
+from ddpm.gaps import gaussian_gap
+from ddpm.mixture import GaussianMixture
 from ddpm.models import find_objective
 from ddpm.points import fit_points, recovery
 from ddpm.schedule import NoiseSchedule
