@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddpm.denoiser import Denoiser, Prediction
 from ddpm.mixture import GaussianMixture
+from ddpm.parameterization import eps_from_score, score_from_eps
 from tests.ddpm.test_ddpm import SCHEDULES
+from tests.helpers import mixtures, property_test, schedules
 
 WORLD = GaussianMixture.grid(rotation_degrees=30)
 
@@ -36,6 +40,19 @@ def test_from_moments_agrees_with_from_eps_on_an_exact_world(t, schedule, rng):
     np.testing.assert_allclose(again.x0, exact.x0, rtol=1e-9, atol=1e-12)
     snr = np.reshape(schedule.snr[t], (-1, 1))
     np.testing.assert_allclose(exact.var_eps, snr * exact.var_x0, rtol=1e-12)
+
+
+@property_test
+@given(mixtures(), schedules(), st.data())
+def test_U03_noise_is_minus_the_scaled_score_of_any_mixture(world, schedule, data):
+    t = data.draw(st.integers(1, schedule.T))
+    noised = world.noised(t, schedule)
+    x_t = noised.sample(6, np.random.default_rng(t))
+    eps, score = Denoiser.from_world(world, schedule).predict(x_t, t).eps, noised.score(x_t)
+    digits = 1e-9 * (1 + schedule.snr[t]**0.5)
+    np.testing.assert_allclose(eps, eps_from_score(score, t, schedule), rtol=1e-9, atol=digits)
+    np.testing.assert_allclose(score_from_eps(eps, t, schedule) * schedule.sigma2_bar[t]**0.5, -eps, rtol=1e-12)
+    assert np.abs(eps + schedule.sigma2_bar[t] * score).max() > digits          # control: the root left out
 
 
 @pytest.mark.parametrize("t", [1, 10, 25, np.array([1, 7, 25])])

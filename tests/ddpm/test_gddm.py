@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ddpm import ddpm, gaussian, gddm
 from ddpm.schedule import NoiseSchedule
 from tests.ddpm.test_ddpm import BIN, SCHEDULES, batch, numeric_gradient, relative_error, run_on
+from tests.helpers import mixtures, property_test, schedules
 
 VP = NoiseSchedule.linear(1000)
 PAIRS = [(1, 2), (2, 3), (9, 10), (3, 20), (1, 25)]
@@ -246,6 +247,47 @@ def test_G07_matches_the_fixed_small_variance_model(schedule, rng):
     values, _ = ddpm.vlb_loss(eps_hat, x0, eps, x_t, t, schedule, bin_width=BIN, variance="small")
     kl = gddm.step_kl(eps, eps_hat, np.zeros_like(eps), t - 1, t, schedule)
     np.testing.assert_allclose(values, schedule.T * kl.mean(axis=(1, 2, 3)), rtol=1e-12)
+
+
+# ---- any schedule, any two times, any numbers
+
+@property_test
+@given(schedules(), st.data(), st.integers(0, 2**32 - 1))
+def test_G03_G04_G05_G06_hold_for_any_schedule(schedule, data, seed):
+    """Two roads to the same step: through the image (G04, G03, the KL of two Gaussians) and in the noise (G05, G06)."""
+    t = data.draw(st.integers(2, schedule.T))
+    s = data.draw(st.integers(1, t - 1))
+    rng = np.random.default_rng(seed)
+    eps, mean_eps, x_t = rng.standard_normal((3, 2, 3))
+    var_eps = rng.gamma(1.0, size=eps.shape)
+    mean_x0, var_x0 = gddm.noise_to_data(mean_eps, var_eps, x_t, t, schedule)
+    for there, back in zip(gddm.data_to_noise(mean_x0, var_x0, x_t, t, schedule), (mean_eps, var_eps), strict=True):
+        np.testing.assert_allclose(there, back, rtol=1e-9, atol=1e-9 * (1 + schedule.snr[t]**0.5))
+    q, p = reverse_gaussians(eps, mean_eps, var_eps, x_t, s, t, schedule)
+    posterior, c = schedule.posterior(s, t), gddm.noise_coefficient(s, t, schedule)
+    np.testing.assert_allclose(p[1], posterior.var + c**2 * var_eps, rtol=1e-9)
+    kl, apart = gddm.step_kl(eps, mean_eps, var_eps, s, t, schedule), np.abs(q[0]) + np.abs(p[0])
+    lost = 1e-13 * apart**2 / posterior.var                             # what gaussian.kl loses in q's mean minus p's
+    assert (np.abs(kl - gaussian.kl(*q, *p)) <= 1e-9 * kl + lost + 1e-14).all()
+    point = gddm.step_kl(eps, mean_eps, 0 * var_eps, s, t, schedule)    # G07
+    np.testing.assert_allclose(point, c**2 / (2 * posterior.var) * (eps - mean_eps)**2, rtol=1e-9)
+    assert np.abs(point - kl).max() > 0
+
+
+@property_test
+@given(mixtures(), schedules(), st.data())
+def test_G03_is_exact_in_the_moments_of_any_mixture(world, schedule, data):
+    """With the true E[x_0 | x_t] and Var[x_0 | x_t] a GDDM has the true mean and variance of x_s | x_t."""
+    t = data.draw(st.integers(1, schedule.T))
+    s = data.draw(st.integers(0, t - 1))
+    x_t = world.noised(t, schedule).sample(6, np.random.default_rng(t))
+    mean_x0, cov_x0 = world.posterior_x0(x_t, t, schedule)
+    mean, var = gddm.reverse_moments(mean_x0, np.einsum("nii->ni", cov_x0), x_t, s, t, schedule)
+    exact = world.reverse(x_t, s, t, schedule)
+    np.testing.assert_allclose(mean, exact.mean(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(var, np.einsum("nii->ni", exact.cov()), rtol=1e-8, atol=1e-12)
+    wrong = schedule.posterior(s, t)
+    assert np.abs(wrong.var + wrong.a * np.einsum("nii->ni", cov_x0) - var).max() > 1e-9 or wrong.a > 1 - 1e-6
 
 
 # ---- E10: the last step
