@@ -3,7 +3,7 @@
     derivations   schedule posterior gaussian parameterization elbo ddpm iddpm gddm
     exact worlds  mixture gaps
     methods       denoiser models likelihood samplers generate training
-    commands      train sample evaluate
+    commands      train sample evaluate report
 """
 
 from ddpm.denoiser import Denoiser, Prediction

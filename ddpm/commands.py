@@ -52,6 +52,12 @@ def open_run(flags):
     return run
 
 
+def progress_bar(total, description, unit, shown=True):
+    """A tqdm bar over `total` units; with shown=False it counts in silence."""
+    from tqdm import tqdm
+    return tqdm(total=total, disable=not shown, desc=description, unit=unit, smoothing=0.1, dynamic_ncols=True)
+
+
 def run_command(main):
     """Run `main()` as a command: leaves by SystemExit, with status 0 (or what main returns), or 2 after a sentence.
 

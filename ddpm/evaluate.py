@@ -34,29 +34,25 @@ def main(argv=None):
 
 
 def _bits(run, flags):
-    from tqdm import tqdm
-
-    from ddpm import data, plots
-    from ddpm.likelihood import evaluate_bits
+    from ddpm import data
     from ddpm.models import default_variance, load_denoiser
     from ddpm.parallel import make_group
+    from ddpm.report import measure_bits
     from nn.backend import keep_freed_memory
     keep_freed_memory()
     group = make_group(flags.workers or None, flags.device)
     denoiser, metadata = load_denoiser(run, flags.device)
     dataset = data.load(run.config.data, flags.data_dir or run.config.data_dir)
-    variance, images = flags.variance or default_variance(run.config.model), dataset.test_images[:flags.images]
-    with tqdm(total=len(images), desc="bits/dim", unit="image", dynamic_ncols=True) as bar:
-        bits = evaluate_bits(denoiser, denoiser.schedule, images, dataset.scale, group, progress=bar.update,
-                             variance=variance, bin_width=dataset.bin_width, strata=flags.strata, seed=flags.seed)
-    plots.save(plots.bits_curve(bits), run.path / "bits.png")
+    variance = flags.variance or default_variance(run.config.model)
+    bits = measure_bits(denoiser, dataset, flags.images, run.path, group, variance=variance, strata=flags.strata,
+                        seed=flags.seed)
     parts = bits.summary()
     if flags.json:
         print(json.dumps({name: part if math.isfinite(part) else None for name, part in parts.items()}))
         return 0
-    print(f"{run.config.model} after {metadata['step']} steps, {len(images)} test images of {run.config.data}, "
+    print(f"{run.config.model} after {metadata['step']} steps, {len(bits.total)} test images of {run.config.data}, "
           f"variance {variance}")
-    for name, meaning in (("prior", "q(x_T|x_0) against N(0, 1)"), ("steps", "sum over t = 2..T"),
+    for name, meaning in (("prior", "q(x_T|x_0) against the prior"), ("steps", "sum over t = 2..T"),
                           ("decoder", "x_0 given x_1")):
         print(f"  {name:<8} {parts[name]:8.4f}   {meaning}")
     print(f"  {'total':<8} {parts['bits_per_dim']:8.4f} ± {parts['standard_error']:.4f} bits/dim")

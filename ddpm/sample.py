@@ -39,33 +39,24 @@ def main(argv=None):
 
 def _sample(run, flags, out):
     import numpy as np
-    from tqdm import tqdm
 
-    from ddpm import data, plots
+    from ddpm import data
     from ddpm.commands import one_sentence
-    from ddpm.generate import draw_images, trajectory
     from ddpm.models import default_variance, load_denoiser
     from ddpm.parallel import make_group
+    from ddpm.report import draw_samples
     from ddpm.runs import write_atomically
-    from nn.backend import array_module, keep_freed_memory
+    from nn.backend import keep_freed_memory
     keep_freed_memory()
     group = make_group(flags.workers or None, flags.device)
     denoiser, metadata = load_denoiser(run, flags.device)
-    variance, shape = flags.variance or default_variance(run.config.model), tuple(metadata["image_shape"])
     with one_sentence("the folder", out, remedy="choose another with --out"):
         out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=flags.num * flags.steps, desc="sampling", unit="pass", dynamic_ncols=True) as bar:
-        images = draw_images(denoiser, denoiser.schedule, shape, flags.num, group, steps=flags.steps, variance=variance,
-                             seed=flags.seed, progress=bar.update)
+    images, written = draw_samples(denoiser, tuple(metadata["image_shape"]), flags.num, out, group, steps=flags.steps,
+                                   variance=flags.variance or default_variance(run.config.model), seed=flags.seed)
     write_atomically(out / "samples.npz", lambda file: np.savez_compressed(
         file, images=data.unscale(images, metadata["levels"])))
-    plots.save(plots.sample_grid(images), out / "samples.png")
-    written = ["samples.png", "samples.npz"]
-    if run.config.model == "gddm":
-        seen = trajectory(denoiser, denoiser.schedule, shape, min(2, flags.num), steps=flags.steps, variance=variance,
-                          seed=flags.seed, xp=array_module(denoiser.network.flat_parameters))
-        plots.save(plots.uncertainty_along(*seen), out / "uncertainty.png")
-        written.append("uncertainty.png")
+    written.insert(1, "samples.npz")
     print(f"{flags.num} image{'s' * (flags.num > 1)} in {out}: {', '.join(written)}")
     print(f"next: python -m ddpm.evaluate bpd {run.path}")
     return 0

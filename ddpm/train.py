@@ -10,7 +10,7 @@ import signal
 import time
 
 from ddpm import config as configuration
-from ddpm.commands import CommandParser, UserError, run_command
+from ddpm.commands import CommandParser, UserError, progress_bar, run_command
 
 SUMMARY_IMAGES, SUMMARY_STRATA, SAMPLE_STEPS = 128, 32, 250
 
@@ -104,7 +104,7 @@ class _Session:
 
     def _steps(self, start):
         boss, config = self.trainer.group.rank == 0, self.config
-        with self._signals(boss), _bar(config.steps - start, boss) as bar:
+        with self._signals(boss), progress_bar(config.steps - start, "training", "step", boss) as bar:
             if boss and start == 0:
                 self._save(0)
             seconds = time.monotonic()
@@ -159,11 +159,6 @@ class _Session:
                 signal.signal(number, handler)
 
 
-def _bar(total, shown, description="training", unit="step"):
-    from tqdm import tqdm
-    return tqdm(total=total, disable=not shown, desc=description, unit=unit, smoothing=0.1, dynamic_ncols=True)
-
-
 def _check_images(config, dataset):
     """Raise before anything is written if the U-Net can't take these images."""
     H, W, _ = dataset.image_shape
@@ -185,39 +180,25 @@ def _describe(config, dataset, trainer, run, group):
 def _summarise(config, run, dataset):
     """Bits/dim of test images, samples, curves and (with a variance) uncertainty of the trained model."""
     from ddpm import plots
-    from ddpm.generate import draw_images, trajectory
-    from ddpm.likelihood import evaluate_bits
     from ddpm.models import default_variance, load_denoiser
     from ddpm.parallel import make_group
-    from nn.backend import array_module
+    from ddpm.report import draw_samples, measure_bits
     denoiser, _ = load_denoiser(run, config.device)
-    schedule, variance = denoiser.schedule, default_variance(config.model)
+    variance = default_variance(config.model)
 
     def fresh():
         return make_group(config.workers or None, config.device)
 
-    images = dataset.test_images[:SUMMARY_IMAGES]
-    with _bar(len(images), True, "bits/dim", "image") as bar:
-        bits = evaluate_bits(denoiser, schedule, images, dataset.scale, fresh(), progress=bar.update,
-                             variance=variance, bin_width=dataset.bin_width, strata=SUMMARY_STRATA)
-    parts = bits.summary()
+    bits = measure_bits(denoiser, dataset, SUMMARY_IMAGES, run.path, fresh(), variance=variance, strata=SUMMARY_STRATA)
     plots.save(plots.training_curves(run.metrics(), f"{config.model} on {config.data}"), run.path / "curves.png")
-    plots.save(plots.bits_curve(bits), run.path / "bits.png")
     pictures = ["curves.png", "bits.png"]
     if config.samples:
-        steps = min(SAMPLE_STEPS, config.T)
-        with _bar(config.samples * steps, True, "sampling", "pass") as bar:
-            drawn = draw_images(denoiser, schedule, dataset.image_shape, config.samples, fresh(), steps=steps,
-                                variance=variance, seed=config.seed, progress=bar.update)
-        plots.save(plots.sample_grid(drawn), run.path / "samples.png")
-        pictures.insert(0, "samples.png")
-        if config.model == "gddm":
-            seen = trajectory(denoiser, schedule, dataset.image_shape, 2, steps=steps, variance=variance,
-                              seed=config.seed, xp=array_module(denoiser.network.flat_parameters))
-            plots.save(plots.uncertainty_along(*seen), run.path / "uncertainty.png")
-            pictures.insert(1, "uncertainty.png")
+        _, drawn = draw_samples(denoiser, dataset.image_shape, config.samples, run.path, fresh(),
+                                steps=min(SAMPLE_STEPS, config.T), variance=variance, seed=config.seed)
+        pictures = drawn + pictures
+    parts = bits.summary()
     print(f"test bits/dim {parts['bits_per_dim']:.3f} ± {parts['standard_error']:.3f} (prior {parts['prior']:.3f}, "
-          f"steps {parts['steps']:.3f}, decoder {parts['decoder']:.3f}; {len(images)} images)")
+          f"steps {parts['steps']:.3f}, decoder {parts['decoder']:.3f}; {len(bits.total)} images)")
     print(f"results in {run.path}: {', '.join(pictures)}")
     print(f"next: python -m ddpm.sample {run.path} --num 16 --steps {min(50, config.T)}, "
           f"or python -m ddpm.evaluate bpd {run.path}")
