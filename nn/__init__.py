@@ -7,6 +7,7 @@ return images (N, H, W, C); layers take and return feature maps (H, W, N, C).
 from nn.activation import SiLU
 from nn.attention import SelfAttention
 from nn.checkpoint import load, save
+from nn.classifier import Classifier, softmax_cross_entropy
 from nn.conv import Conv2d
 from nn.dropout import Dropout
 from nn.ema import EMA
@@ -20,6 +21,6 @@ from nn.optim import Adam, clip_grad_norm
 from nn.resample import Downsample, Upsample
 from nn.unet import UNet
 
-__all__ = ["Adam", "Conv2d", "Downsample", "Dropout", "EMA", "Embedding", "GroupNorm", "Linear", "MLP", "Module",
-           "SelfAttention", "SiLU", "UNet", "Upsample", "clip_grad_norm", "gradcheck", "load", "save",
-           "timestep_embedding"]
+__all__ = ["Adam", "Classifier", "Conv2d", "Downsample", "Dropout", "EMA", "Embedding", "GroupNorm", "Linear", "MLP",
+           "Module", "SelfAttention", "SiLU", "UNet", "Upsample", "clip_grad_norm", "gradcheck", "load", "save",
+           "softmax_cross_entropy", "timestep_embedding"]
