@@ -7,9 +7,14 @@ sigma2_bar_t = lam_ts^2 sigma2_bar_s + sigma2_ts, nothing divides by sigma2_bar_
     a   = lam_bar_s sigma2_ts / sigma2_bar_t          weight of x_0
     b   = lam_ts sigma2_bar_s / sigma2_bar_t          weight of x_t
     var = sigma2_bar_s sigma2_ts / sigma2_bar_t       (0 at s = 0: x_0 is then known)
+
+It isn't the only Gaussian that gives x_s the right law when x_0 is drawn from x_0 | x_t: `renoise` forgets x_t and
+noises x_0 anew. Every x_s by itself is as it should be, but x_s and x_t share x_0 alone, and no noise (C03).
 """
 
 from typing import NamedTuple
+
+import numpy as np
 
 from nn.backend import per_example
 
@@ -32,3 +37,15 @@ def posterior_coefficients(lam_bar_s, sigma2_bar_s, lam_ts, sigma2_ts):
     return Posterior(a=lam_bar_s * sigma2_ts / sigma2_bar_t,
                      b=lam_ts * sigma2_bar_s / sigma2_bar_t,
                      var=sigma2_bar_s * sigma2_ts / sigma2_bar_t)
+
+
+def renoise(s, t, schedule):
+    """x_s | x_0 in place of x_s | x_t, x_0: Posterior(lam_bar_s, 0, sigma2_bar_s) for 0 <= s < t (C03).
+
+    Averaged over the true x_0 | x_t it keeps the law of x_s, but cov(x_s, x_t) is lam_bar_s lam_bar_t Cov[x_0], short
+    of the chain's by lam_ts sigma2_bar_s I. So it is not the reverse step of the noising chain (E19), and its mean
+    goes with its own variance, not with the chain's (E29). ValueError unless s < t.
+    """
+    shape = np.shape(schedule.posterior(s, t).var)                      # checks the times
+    table = (schedule.lam_bar[s], 0.0, schedule.sigma2_bar[s])
+    return Posterior(*(np.full(shape, v) if shape else float(v) for v in table))

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm.gaussian import log_normal
-from ddpm.posterior import posterior_coefficients
+from ddpm.mixture import GaussianMixture
+from ddpm.posterior import posterior_coefficients, renoise
 from ddpm.schedule import NoiseSchedule
 from nn.backend import array_module, to_host
 from tests.helpers import general_schedule, property_test, schedules
@@ -157,6 +158,117 @@ def test_E31_the_large_variance_belongs_to_the_later_time():
     np.testing.assert_allclose(exact, schedule.sigma2[t + 1], rtol=1e-9)
     np.testing.assert_allclose(schedule.between(t, t + 1)[1], exact, rtol=1e-9)
     assert schedule.sigma2[t] < 0.9 * exact
+
+
+# ---- C03: the re-noise step, and what it is not
+
+@property_test
+@given(schedules(), st.floats(0, 9), st.data())
+def test_C03_renoise_keeps_the_marginal_and_not_the_joint(schedule, variance, data):
+    """On N(0, tau^2) data, by linear maps: x_s has its own variance, and cov(x_s, x_t) is lam_ts sigma2_bar_s short."""
+    t = data.draw(st.integers(1, schedule.T))
+    s = data.draw(st.integers(0, t - 1))
+    lam_ts, _ = schedule.between(s, t)
+    spread_s, spread_t = (schedule.lam_bar[i]**2 * variance + schedule.sigma2_bar[i] for i in (s, t))
+    gain = schedule.lam_bar[t] * variance / spread_t                                   # E[x0 | x_t] = gain x_t
+    var_x0 = variance * schedule.sigma2_bar[t] / spread_t
+    moments = {}
+    for name, (a, b, var) in (("chain", schedule.posterior(s, t)), ("renoise", renoise(s, t, schedule))):
+        slope = a * gain + b
+        moments[name] = slope**2 * spread_t + a**2 * var_x0 + var, slope * spread_t    # Var[x_s], cov(x_s, x_t)
+    np.testing.assert_allclose([v for v, _ in moments.values()], spread_s, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(moments["chain"][1], lam_ts * spread_s, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(moments["renoise"][1], schedule.lam_bar[s] * schedule.lam_bar[t] * variance,
+                               rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(moments["chain"][1] - moments["renoise"][1], lam_ts * schedule.sigma2_bar[s],
+                               rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, general_schedule()], ids=["linear", "general"])
+@pytest.mark.parametrize("back", [1, 10, None])
+def test_C03_on_a_mixture(back, schedule):
+    """Densities by quadrature over x_t: the law of x_s comes out either way; E[x_s x_t] tells them apart (E19)."""
+    world, t = GaussianMixture.two_component(), schedule.T * 3 // 10 + 6
+    s = max(0 if back is None else t - back, 1)
+    noised = world.noised(t, schedule)
+    z = np.linspace(-10, 10, 801)
+    p = np.exp(-0.5 * z * z)
+    x_t = (noised.means + np.sqrt(noised.covariances[:, :, 0]) * z).reshape(-1, 1)
+    p = (noised.weights[:, None] * p / p.sum()).ravel()
+    posterior = world.posterior_mixture(x_t, t, schedule)
+    x_s = np.linspace(-3, 3, 41)
+    law = np.exp(world.noised(s, schedule).log_density(x_s[:, None]))
+    product = {}
+    for name, (a, b, var) in (("chain", schedule.posterior(s, t)), ("renoise", renoise(s, t, schedule))):
+        means, variances = a * posterior.means[:, :, 0] + b * x_t, a**2 * posterior.covariances[:, 0, 0] + var
+        density = sum(posterior.weights[:, k, None] * np.exp(log_normal(x_s, means[:, k, None], variances[k]))
+                      for k in range(2))
+        np.testing.assert_allclose(p @ density, law, rtol=1e-7, atol=1e-9)
+        product[name] = p @ ((posterior.weights * means).sum(axis=1) * x_t[:, 0])
+    lam_ts, _ = schedule.between(s, t)
+    exact = lam_ts * world.noised(s, schedule).cov()[0, 0]                             # the world's mean is 0
+    assert product["chain"] == pytest.approx(exact, rel=1e-9)
+    assert product["renoise"] == pytest.approx(exact - lam_ts * schedule.sigma2_bar[s], rel=1e-9)
+
+
+def test_E19_renoise_is_not_the_reverse_of_the_chain():
+    """N(0, 2.5), t = 300: x_299 | x_300 has slope 0.99923 and variance 0.00607, and printed 0.62338 and 0.97857."""
+    s, t, variance = 299, 300, 2.5
+    spread = LINEAR.lam_bar[t]**2 * variance + LINEAR.sigma2_bar[t]
+    gain, var_x0 = LINEAR.lam_bar[t] * variance / spread, variance * LINEAR.sigma2_bar[t] / spread
+
+    def step(a, b, var):
+        return a * gain + b, var + a**2 * var_x0
+    assert step(*LINEAR.posterior(s, t)) == (pytest.approx(0.99923, abs=5e-6), pytest.approx(0.00607, abs=5e-6))
+    assert step(*renoise(s, t, LINEAR)) == (pytest.approx(0.62338, abs=5e-6), pytest.approx(0.97857, abs=5e-6))
+    # Bayes' rule: cov(x_s, x_t) / Var[x_t], and what is left of Var[x_s]
+    lam_ts, _ = LINEAR.between(s, t)
+    spread_s = LINEAR.lam_bar[s]**2 * variance + LINEAR.sigma2_bar[s]
+    exact = lam_ts * spread_s / spread, spread_s - (lam_ts * spread_s)**2 / spread
+    np.testing.assert_allclose(step(*LINEAR.posterior(s, t)), exact, rtol=1e-9)
+    assert abs(step(*renoise(s, t, LINEAR))[0] - exact[0]) > 0.3
+
+
+def test_E29_the_renoise_mean_with_the_chains_variance_collapses():
+    """On N(0, 1) data, E[x0 | x_t] = lam_bar_t x_t: of variance 1 the printed chain keeps 0.02, DDPM's all."""
+    def chain(step, variances):
+        variance = {LINEAR.T: 1.0}
+        for t in range(LINEAR.T, 0, -1):
+            a, b, _ = step(t - 1, t)
+            variance[t - 1] = (a * LINEAR.lam_bar[t] + b)**2 * variance[t] + variances[t]
+        return variance
+
+    def forgetful(s, t):
+        return renoise(s, t, LINEAR)
+    t = np.arange(1, LINEAR.T + 1)
+    beta, small, own = LINEAR.beta, np.zeros(LINEAR.T + 1), np.zeros(LINEAR.T + 1)
+    a, _, small[1:] = LINEAR.posterior(t - 1, t)
+    own[1:] = LINEAR.sigma2_bar[:-1] + LINEAR.lam_bar[:-1]**2 * LINEAR.sigma2_bar[1:]  # with a^2 Var[x0 | x_t], a = lam
+    np.testing.assert_allclose(small[1:] + a**2 * LINEAR.sigma2_bar[1:], beta[1:], rtol=1e-9)     # beta is exact here
+    printed = chain(forgetful, beta)
+    assert printed[999] == pytest.approx(0.0200, abs=5e-5) and printed[499] == pytest.approx(0.010, abs=5e-4)
+    assert printed[0] == pytest.approx(0.026, abs=5e-4)
+    assert max(v for time, v in chain(forgetful, small).items() if time < LINEAR.T) < 0.03
+    for variance in (chain(LINEAR.posterior, beta), chain(forgetful, own)):            # each mean with its own variance
+        np.testing.assert_allclose(list(variance.values()), 1, rtol=1e-9)
+    assert 0.5 < chain(LINEAR.posterior, small)[0] < 1                                 # "small", and still no collapse
+
+
+def test_C03_renoise_at_the_ends_and_for_arrays(rng):
+    """At s = 0 nothing is added to x_0, as in the chain; the member of the DDIM family with all of the variance."""
+    for schedule in (LINEAR, general_schedule()):
+        for t in (1, 2, schedule.T):
+            assert renoise(0, t, schedule) == schedule.posterior(0, t) == (1.0, 0.0, 0.0)
+    assert all(type(v) is float for v in renoise(3, 9, LINEAR))
+    several = renoise(np.array([0, 3, 8]), np.array([4, 4, 1000]), LINEAR)
+    for i, (s, t) in enumerate(((0, 4), (3, 4), (8, 1000))):
+        assert tuple(v[i] for v in several) == renoise(s, t, LINEAR)
+    assert all(v.shape == (2,) and v.dtype == np.float64 for v in renoise(3, np.array([5, 6]), LINEAR))
+    x0, x_t = rng.standard_normal((2, 3, 2, 2, 1))
+    np.testing.assert_array_equal(renoise(3, 9, LINEAR).mean(x0, x_t), LINEAR.lam_bar[3] * x0)
+    for s, t in ((5, 5), (6, 5), (np.array([1, 5]), np.array([2, 5]))):
+        with pytest.raises(ValueError, match="earlier"):
+            renoise(s, t, LINEAR)
 
 
 # ---- arrays
