@@ -1,0 +1,65 @@
+"""Features to compare sets of images in: those of a small classifier of the same kind of images.
+
+The Frechet distance of pixels sees brightness and blur before shapes. A classifier's features see what tells classes
+apart. FID is this distance in the features of an Inception network; ours are those of `nn.Classifier`, trained by
+`python -m experiments.classifier` and shipped beside this file, so that the distance goes by the classifier's name and
+not by FID's: figures are comparable with one another, not with published ones.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import nn
+from ddpm.data import scale
+from ddpm.metrics.frechet import frechet_distance
+from nn.backend import array_module, to_host
+
+WEIGHTS = Path(__file__).parent / "weights"
+TRAINED_ON = {"mnist": "mnist", "mnist5k": "mnist", "fashion-mnist": "fashion-mnist", "cifar10": "cifar10"}
+
+
+def load_classifier(data_name):
+    """The shipped classifier for images of `data_name`, in evaluation mode; and its metadata, accuracy and all.
+
+    ValueError, with the names there are, where none has been trained.
+    """
+    path = WEIGHTS / f"{TRAINED_ON.get(data_name)}.safetensors"
+    if not path.exists():
+        raise ValueError(f"no classifier has been trained on {data_name!r}, only on "
+                         f"{', '.join(sorted(name for name, on in TRAINED_ON.items() if _shipped(on)))}; "
+                         "train one with python -m experiments.classifier")
+    arrays, metadata = nn.load(path)
+    net = nn.Classifier(metadata["channels"], metadata["classes"], widths=metadata["widths"],
+                        groups=metadata["groups"], rng=np.random.default_rng(0))
+    net.load(arrays)
+    return net.eval(), metadata
+
+
+def image_features(classifier, images, chunk=250):
+    """Features (N, F) of images in [-1, 1] (float) or of pixel levels 0..255 (uint8), float64 on the host."""
+    parts = []
+    for start in range(0, len(images), chunk):
+        x = images[start:start + chunk]
+        x = scale(x) if x.dtype == np.uint8 else x.astype(np.float32)
+        parts.append(to_host(classifier.features(array_module(x).ascontiguousarray(x))))
+    return np.concatenate(parts).astype(np.float64)
+
+
+def moments(features):
+    """(mean (F,), covariance (F, F)) of features (N, F); ValueError for fewer than two rows."""
+    if len(features) < 2:
+        raise ValueError(f"moments need at least two images, got {len(features)}")
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def classifier_frechet(classifier, images, others):
+    """Frechet distance of two sets of images in the classifier's features, squared feature units (C18).
+
+    It is biased upwards by the finite number of images, by about the same for equal numbers: compare like with like.
+    """
+    return frechet_distance(*moments(image_features(classifier, images)), *moments(image_features(classifier, others)))
+
+
+def _shipped(name):
+    return (WEIGHTS / f"{name}.safetensors").exists()
