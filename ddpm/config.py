@@ -34,10 +34,13 @@ class TrainConfig:
                              "balanced-v); ddpm: simple, vlb; iddpm: hybrid, vlb; gddm: balanced, balanced-v, kl (as "
                              "published), pairs, simple+kl")
     prediction: str = setting("default", "model", "what the network's first output is: the noise eps, or v = lam_bar "
-                              "eps - sigma_bar x_0, from which eps follows; default: v for gddm, eps for the others",
+                              "eps - sigma_bar x_0 (scaled to unit variance), from which eps follows; default: v for "
+                              "gddm, eps for the others",
                               choices=("default", "eps", "v"))
     T: int = setting(1000, "model", "number of noising steps")
-    schedule: str = setting("linear", "model", "how the step variances grow", choices=("linear", "cosine"))
+    schedule: str = setting("linear", "model", "how the noise grows: linear step variances, or cosine; "
+                            "variance-exploding adds it to an image that is not faded; sub-vp fades as linear, with "
+                            "less noise", choices=("linear", "cosine", "variance-exploding", "sub-vp"))
 
     data: str = setting("mnist5k", "data", "mnist5k and digits need no download; mnist, fashion-mnist, cifar10 and "
                         "svhn are looked for and else downloaded; folder:PATH takes PNG and JPEG files of one size")

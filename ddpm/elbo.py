@@ -1,6 +1,6 @@
 """The evidence lower bound of a generative chain, term by term, in nats.
 
-A model is a prior p(x_T) = N(0, 1) and reverse steps p(x_s | x_t) (L05). For any q,
+A model is a prior p(x_T) = N(0, prior_var) and reverse steps p(x_s | x_t) (L05). For any q,
 
     log p(x_0) >= E_q[ log p(x_{0:T}) - log q(x_{1:T} | x_0) ]                                                    (L06)
 
@@ -51,11 +51,14 @@ class Bound(NamedTuple):
 
 # ---- the terms, elementwise, nats
 
-def prior_kl(x0, schedule, t=None, prior_var=1.0):
-    """KL( q(x_t | x_0) || N(0, prior_var) ) at the last time, t = T unless given, shaped as x0 (L04, L06)."""
+def prior_kl(x0, schedule, t=None, prior_var=None):
+    """KL( q(x_t | x_0) || N(0, prior_var) ) at the last time, t = T unless given, shaped as x0 (L04, L06).
+
+    `prior_var` is `schedule.marginal_var[t]` unless given: the variance of x_t for data of unit variance, 1 where VP.
+    """
     t = schedule.T if t is None else t
     lam_bar, sigma2_bar = per_example(schedule.lam_bar[t], x0), per_example(schedule.sigma2_bar[t], x0)
-    return gaussian.kl(lam_bar * x0, sigma2_bar, 0.0, prior_var)
+    return gaussian.kl(lam_bar * x0, sigma2_bar, 0.0, _prior_var(prior_var, x0, t, schedule))
 
 
 def step_kl(x0, x_t, mean, var, s, t, schedule):
@@ -108,7 +111,7 @@ def sampled_log_reverse(x0, x_t, mean, var, s, t, schedule, rng):
 
 # ---- the bound
 
-def negative_bound(x0, reverse, schedule, rng, timesteps=None, *, bin_width=2 / 255, prior_var=1.0):
+def negative_bound(x0, reverse, schedule, rng, timesteps=None, *, bin_width=2 / 255, prior_var=None):
     """The negative bound on log p(x_0), each term with a fresh x_t, steps Rao-Blackwellized (L06, L09, C15).
 
     Parameters
@@ -122,8 +125,8 @@ def negative_bound(x0, reverse, schedule, rng, timesteps=None, *, bin_width=2 / 
         model, with a worse bound.
     bin_width : float or None
         See `decoder_nats`; with None the bound is on a density.
-    prior_var : float
-        p(x_T) = N(0, prior_var): 1 for a variance-preserving process.
+    prior_var : float or None
+        p = N(0, prior_var) at the first of the timesteps; see `prior_kl` for None.
 
     Returns
     -------
@@ -137,7 +140,7 @@ def negative_bound(x0, reverse, schedule, rng, timesteps=None, *, bin_width=2 / 
                  decoder=_pair_nats(x0, 0, times[-1], reverse, schedule, rng, bin_width))
 
 
-def uniform_time_bound(x0, t, reverse, schedule, rng, *, bin_width=2 / 255, prior_var=1.0):
+def uniform_time_bound(x0, t, reverse, schedule, rng, *, bin_width=2 / 255, prior_var=None):
     """The negative bound from one pair (t-1, t) per example: prior + T times that pair's term, (N,) nats (L07, E06).
 
     With t, an (N,) host array, drawn uniformly from 1..T, its expectation is that of `negative_bound(...).total`.
@@ -155,7 +158,7 @@ def uniform_time_bound(x0, t, reverse, schedule, rng, *, bin_width=2 / 255, prio
     return nats
 
 
-def sampled_bound(x0, reverse, schedule, rng, timesteps=None, *, prior_var=1.0):
+def sampled_bound(x0, reverse, schedule, rng, timesteps=None, *, prior_var=None):
     """log p(x_{0:T}) - log q(x_{1:T} | x_0) along one forward chain, (N,) nats: the bound before any cleverness (L06).
 
     Its mean is -negative_bound(..., bin_width=None).total. For the exact reverse process it is log p(x_0) on any path.
@@ -168,7 +171,11 @@ def sampled_bound(x0, reverse, schedule, rng, timesteps=None, *, prior_var=1.0):
         log_p = gaussian.log_normal(x_s, *reverse(x_t, s, t))
         value = value + _sum(log_p - gaussian.log_normal(x_t, lam_ts * x_s, sigma2_ts))
         x_s, s = x_t, t
-    return value + _sum(gaussian.log_normal(x_s, 0.0, prior_var))
+    return value + _sum(gaussian.log_normal(x_s, 0.0, _prior_var(prior_var, x_s, s, schedule)))
+
+
+def _prior_var(prior_var, x_t, t, schedule):
+    return per_example(schedule.marginal_var[t], x_t) if prior_var is None else prior_var
 
 
 def _pair_nats(x0, s, t, reverse, schedule, rng, bin_width):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ddpm.models import network_input
 from ddpm.randomness import SampleStreams
 from ddpm.samplers import ddpm as ancestral
 from nn.backend import array_module, to_host
@@ -37,7 +38,8 @@ def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance,
 def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0, show=8, clip=(-1, 1), xp=np):
     """What a model with a variance thinks on the way to its first `num` images, at `show` times from T to 1 (G10).
 
-    Returns (times, x_t, mean_x0, std_x0): a list of ints and three host arrays (show, num, H, W, C).
+    Returns (times, x_t, mean_x0, std_x0): a list of ints and three host arrays (show, num, H, W, C). x_t is scaled as
+    the network sees it, to unit variance (`ddpm.models.network_input`), so that it can be shown beside the images.
     """
     timesteps = schedule.timesteps(steps)
     keep = set(timesteps[np.unique(np.rint(np.linspace(0, len(timesteps) - 1, show)).astype(int))].tolist())
@@ -46,7 +48,8 @@ def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0,
     def remember(step):
         if step.t in keep:
             std = step.prediction.var_x0**0.5
-            seen.append((step.t, *(to_host(a) for a in (step.x_t, step.prediction.x0, std))))
+            x_t = network_input(step.x_t, step.t, schedule)
+            seen.append((step.t, *(to_host(a) for a in (x_t, step.prediction.x0, std))))
 
     _draw(denoiser, schedule, image_shape, range(num), timesteps, variance, seed, clip, xp, remember)
     times, *arrays = zip(*seen, strict=True)
@@ -55,6 +58,7 @@ def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0,
 
 def _draw(denoiser, schedule, image_shape, samples, timesteps, variance, seed, clip, xp, callback):
     streams = SampleStreams(seed, 0, list(samples), purpose="sampling", xp=xp)
-    x_T = streams.standard_normal((len(samples), *image_shape), dtype=np.float32)
+    noise = streams.standard_normal((len(samples), *image_shape), dtype=np.float32)
+    x_T = float(schedule.marginal_var[timesteps[0]])**0.5 * noise               # the prior of the bound (elbo.prior_kl)
     return ancestral(denoiser, schedule, x_T, timesteps=timesteps, variance=variance, rng=streams, clip=clip,
                      callback=callback)

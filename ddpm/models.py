@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpm import ddpm, gddm, iddpm
 from ddpm.denoiser import Denoiser, Prediction
-from ddpm.parameterization import eps_from_v, x0_from_eps
+from ddpm.parameterization import eps_from_v, eps_from_v_derivatives, x0_from_eps
 from ddpm.randomness import generator
 from ddpm.schedule import NoiseSchedule
 from nn.backend import array_module, per_example
@@ -56,7 +56,7 @@ def _pairs(stop_mean_gradient):
 def _simple_in_v(output, batch, schedule, bin_width):
     """Mean over dimensions of (v - v_hat)^2: the squared error of eps divided by (d eps/d v)^2 at each t (L22)."""
     values, gradient = SIMPLE(output, batch, schedule, bin_width)
-    weight = _noise_from_v_weights(batch.t, schedule)[1]**-2
+    weight = eps_from_v_derivatives(batch.t, schedule)[1]**-2
     return per_example(weight, values) * values, per_example(weight, gradient) * gradient
 
 
@@ -82,6 +82,9 @@ OBJECTIVES = {
 }
 OUTPUTS = {"ddpm": 1, "iddpm": 2, "gddm": 2}
 
+SCHEDULES = {"linear": NoiseSchedule.linear, "cosine": NoiseSchedule.cosine,
+             "variance-exploding": NoiseSchedule.variance_exploding, "sub-vp": NoiseSchedule.sub_variance_preserving}
+
 
 def default_variance(model):
     """The reverse variance that a model samples and is evaluated with: "small" for ddpm, else its own."""
@@ -103,7 +106,7 @@ def find_objective(model, name="default", prediction="eps"):
 
 def build_schedule(config):
     """The noise schedule that a configuration names."""
-    return getattr(NoiseSchedule, config.schedule)(config.T)
+    return SCHEDULES[config.schedule](config.T)
 
 
 def build_network(config, channels, rng, *, num_classes=None):
@@ -127,13 +130,18 @@ def load_denoiser(run, device="cpu"):
     return NetworkDenoiser(network.to(device), config.model, build_schedule(config), config.network_predicts), metadata
 
 
-# ---- from what the network predicts to the noise (L22)
+# ---- at the network's doors: what goes in has unit variance, and what comes out is read as noise (L22)
+
+def network_input(x_t, t, schedule):
+    """x_t / sqrt(marginal_var_t), of unit variance for data of unit variance: x_t itself where variance preserving."""
+    return x_t if schedule.is_variance_preserving else x_t / per_example(np.sqrt(schedule.marginal_var[t]), x_t)
+
 
 def noise_output(output, x_t, t, schedule, prediction):
-    """The network's output with its first C channels as eps, where it predicts v = lam_bar eps - sigma_bar x_0.
+    """The network's output with its first C channels as eps, where it predicts v (see `ddpm.parameterization`).
 
-    An error of v stays an error of its own size in x_0; an error of eps grows by sigma_bar / lam_bar, which at
-    t = T is a hundred and more. A network that predicts v starts from eps = sigma_bar x_t, right for pure noise.
+    An error of v is at most of its own size in x_0; an error of eps grows by sigma_bar / lam_bar, which at t = T is a
+    hundred and more. A network that predicts v starts from eps = sigma_bar x_t / marginal_var, right for pure noise.
     """
     if prediction == "eps":
         return output
@@ -144,15 +152,9 @@ def noise_output(output, x_t, t, schedule, prediction):
 def noise_output_backward(gradient, x_t, t, schedule, prediction):
     """The gradient with respect to the network's output, from that of `noise_output`, which it overwrites."""
     if prediction == "v":
-        _, of_v = _noise_from_v_weights(t, schedule)
+        _, of_v = eps_from_v_derivatives(t, schedule)
         gradient[..., :x_t.shape[-1]] *= per_example(of_v, x_t)
     return gradient
-
-
-def _noise_from_v_weights(t, schedule):
-    """eps = of_x x_t + of_v v; variance preserving: sigma_bar and lam_bar."""
-    total = schedule.lam_bar[t]**2 + schedule.sigma2_bar[t]
-    return np.sqrt(schedule.sigma2_bar[t]) / total, schedule.lam_bar[t] / total
 
 
 class NetworkDenoiser(Denoiser):
@@ -161,7 +163,7 @@ class NetworkDenoiser(Denoiser):
     Parameters
     ----------
     network : UNet or MLP
-        Called as network(x_t, t); channels of x_t last.
+        Called as network(network_input(x_t, t, schedule), t); channels of x_t last.
     model : "ddpm", "iddpm" or "gddm"
     schedule : NoiseSchedule
     prediction : "eps" or "v"
@@ -175,7 +177,7 @@ class NetworkDenoiser(Denoiser):
     def predict(self, x_t, t):
         """Prediction for x_t at time t, an int or (N,) host integers; var_x0 for gddm, v for iddpm."""
         self.evaluations += len(x_t)
-        output = noise_output(self.network(x_t, t), x_t, t, self.schedule, self.prediction)
+        output = noise_output(self._output(x_t, t), x_t, t, self.schedule, self.prediction)
         eps, head = output[..., :x_t.shape[-1]], output[..., x_t.shape[-1]:]
         if self.model == "ddpm":
             return Prediction(eps=eps, x0=x0_from_eps(eps, x_t, t, self.schedule))
@@ -188,8 +190,16 @@ class NetworkDenoiser(Denoiser):
     def vjp(self, x_t, t, v):
         """v times the Jacobian d eps / d x_t, by one hand-written backward pass that leaves the parameters alone."""
         self.vjps += len(x_t)
-        output = self.network(x_t, t)
+        output = self._output(x_t, t)
         if self.prediction == "eps":
-            return self.network.backward(ddpm.output_gradient(output, d_eps=v), params=False)
-        of_x, of_v = (per_example(w, x_t) for w in _noise_from_v_weights(t, self.schedule))
-        return of_x * v + self.network.backward(ddpm.output_gradient(output, d_eps=of_v * v), params=False)
+            return self._input_gradient(output, v, t)
+        of_x, of_v = (per_example(w, x_t) for w in eps_from_v_derivatives(t, self.schedule))
+        return of_x * v + self._input_gradient(output, of_v * v, t)
+
+    def _output(self, x_t, t):
+        return self.network(network_input(x_t, t, self.schedule), t)
+
+    def _input_gradient(self, output, d_eps, t):
+        """The gradient of x_t from that of the first channels of the last `_output`."""
+        dx = self.network.backward(ddpm.output_gradient(output, d_eps=d_eps), params=False)
+        return network_input(dx, t, self.schedule)                              # scaling is its own transpose

@@ -3,12 +3,15 @@
 At a given x_t = l x0 + n eps, with l = lam_bar_t and n = sqrt(sigma2_bar_t), each of them fixes the others:
 
     x0    = (x_t - n eps) / l                     eps = (x_t - l x0) / n
-    v     = l eps - n x0                          x0  = (l x_t - n v) / (l^2 + n^2),   eps = (n x_t + l v) / (l^2 + n^2)
+    v     = (l eps - n x0) / r                    x0  = (l x_t - n r v) / r^2,   eps = (n x_t + l r v) / r^2
     score = -eps / n          (U03)               the gradient of log q(x_t), where eps is E[eps | x_t]
 
-(l^2 + n^2 is 1 in a variance-preserving process.) An error in one is an error in all, in fixed proportion, so squared
-errors differ by a factor that depends on t only: choosing what a network predicts is choosing a weight over time. The
-mean of a reverse step is a x0 + b x_t (L13), and with eps put in for x0 (U02),
+with r^2 = l^2 + n^2 the variance of x_t for data of unit variance (`schedule.marginal_var`), 1 where variance
+preserving. (l, n)/r is a point on the unit circle: x_t/r = cos x0 + sin eps and v = cos eps - sin x0 are one pair of
+numbers in two frames, and v has unit variance at every t of every schedule. An error in one is an error in all, in
+fixed proportion, so squared errors differ by a factor that depends on t only: choosing what a network predicts is
+choosing a weight over time. An error of v is never larger in x0 or in eps than in v itself. The mean of a reverse step
+is a x0 + b x_t (L13), and with eps put in for x0 (U02),
 
     mu = (x_t - sigma2_ts/sqrt(sigma2_bar_t) eps) / lam_ts
 
@@ -37,15 +40,23 @@ def eps_from_x0(x0, x_t, t, schedule):
 
 
 def v_from_eps(eps, x_t, t, schedule):
-    """v = l eps - n x0, with x0 from eps and x_t (L22)."""
+    """v = (l eps - n x0) / r, with x0 from eps and x_t (L22)."""
     l, n = _signal_and_noise(x_t, t, schedule)
-    return l * eps - n * (x_t - n * eps) / l
+    return (l * eps - n * (x_t - n * eps) / l) / _root_marginal_var(x_t, t, schedule)
 
 
 def eps_from_v(v, x_t, t, schedule):
-    """(n x_t + l v) / (l^2 + n^2) (L22)."""
+    """(n x_t + l r v) / r^2 (L22)."""
     l, n = _signal_and_noise(x_t, t, schedule)
-    return (n * x_t + l * v) / (l**2 + n**2)
+    return (n * x_t + l * _root_marginal_var(x_t, t, schedule) * v) / (l**2 + n**2)
+
+
+def eps_from_v_derivatives(t, schedule):
+    """(d eps/d x_t, d eps/d v) = (n/r^2, l/r) of `eps_from_v`: floats, or (N,) host arrays (L22)."""
+    _check_time(t)
+    l, n = schedule.lam_bar[t], np.sqrt(schedule.sigma2_bar[t])
+    r2 = l**2 + schedule.sigma2_bar[t]
+    return n / r2, l * np.sqrt(schedule.marginal_var[t]) / r2
 
 
 def score_from_eps(eps, t, schedule):
@@ -93,7 +104,7 @@ def squared_error_ratio(kind, t, schedule):
     _check_kinds(kind)
     _check_time(t)
     l2, n2 = schedule.lam_bar[t]**2, schedule.sigma2_bar[t]
-    return {"eps": l2 / l2, "x0": n2 / l2, "v": (l2 + n2)**2 / l2, "score": 1 / n2}[kind]
+    return {"eps": l2 / l2, "x0": n2 / l2, "v": (l2 + n2) / l2, "score": 1 / n2}[kind]
 
 
 def bound_weight(kind, s, t, var, schedule):
@@ -112,6 +123,11 @@ def _signal_and_noise(x_t, t, schedule):
     """lam_bar_t and sqrt(sigma2_bar_t), ready to meet x_t."""
     _check_time(t)
     return per_example(schedule.lam_bar[t], x_t), per_example(np.sqrt(schedule.sigma2_bar[t]), x_t)
+
+
+def _root_marginal_var(x_t, t, schedule):
+    """r, ready to meet x_t: exactly 1 where variance preserving."""
+    return per_example(np.sqrt(schedule.marginal_var[t]), x_t)
 
 
 def _check_time(t):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm import gaussian, gddm
-from ddpm.models import OUTPUTS, Batch, NetworkDenoiser
+from ddpm.models import OUTPUTS, Batch, NetworkDenoiser, network_input
 from ddpm.randomness import generator
 from nn.ema import EMA
 from nn.mlp import MLP
@@ -65,7 +65,8 @@ def fit_points(world, schedule, objective, *, model="gddm", steps=3000, batch_si
     adam, average = Adam(network, lr), EMA(network, ema)
     for step in range(steps):
         batch = _draw(world, schedule, batch_size, generator(seed, "points", step))
-        values, gradient = objective(network(batch.x_t, batch.t), batch, schedule, None)
+        output = network(network_input(batch.x_t, batch.t, schedule), batch.t)
+        values, gradient = objective(output, batch, schedule, None)
         network.zero_grad()
         network.backward(gradient / np.float32(batch_size))
         clip_grad_norm(network, clip)

@@ -7,7 +7,10 @@ code reads like the formula. Tables are float64 on the host and are cast where t
     x_t | x_0     = N(lam_bar_t x_0, sigma2_bar_t),  lam_bar_t    = lam_t lam_bar_{t-1}
                                                      sigma2_bar_t = lam_t^2 sigma2_bar_{t-1} + sigma2_t   (L02)
 
-Variance preserving (VP) means sigma2_t = 1 - lam_t^2, hence sigma2_bar_t = 1 - lam_bar_t^2 (L03).
+Variance preserving (VP) means sigma2_t = 1 - lam_t^2, hence sigma2_bar_t = 1 - lam_bar_t^2 (L03): data of unit
+variance keep it. In any process their variance at time t is marginal_var_t = lam_bar_t^2 + sigma2_bar_t, and whatever
+needs x_t in natural units (the prior of x_T, the input of a network) divides by its root. Divided by it throughout, any
+process becomes a VP one: what sets it apart is the signal-to-noise ratio snr_t = lam_bar_t^2 / sigma2_bar_t alone.
 """
 
 import numpy as np
@@ -31,20 +34,15 @@ class NoiseSchedule:
         One step, x_t | x_{t-1}.
     lam_bar, sigma2_bar, snr : array (T+1,)
         From the data, x_t | x_0, and lam_bar^2 / sigma2_bar (infinite at t = 0).
+    marginal_var : array (T+1,)
+        Variance of x_t for data of mean 0 and variance 1, lam_bar^2 + sigma2_bar: exactly 1 where variance preserving.
     is_variance_preserving : bool
     beta, alpha, alpha_bar : array (T+1,)
         1 - lam^2, lam^2, lam_bar^2. AttributeError unless variance preserving.
     """
 
     def __init__(self, lam, sigma2):
-        lam, sigma2 = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (lam, sigma2))
-        if lam.ndim != 1 or lam.shape != sigma2.shape or lam.size == 0:
-            raise ValueError("lam and sigma2 must be two sequences of one length T >= 1, "
-                             f"got shapes {lam.shape} and {sigma2.shape}")
-        if not (np.isfinite(lam) & (lam > 0)).all():
-            raise ValueError("lam must be finite and > 0 at every step")
-        if not (np.isfinite(sigma2) & (sigma2 > 0)).all():
-            raise ValueError("sigma2 must be finite and > 0 at every step")
+        lam, sigma2 = _positive_sequences(lam=lam, sigma2=sigma2)
         self.T = lam.size
         self.lam = np.concatenate([[1.0], lam])
         self.sigma2 = np.concatenate([[0.0], sigma2])
@@ -52,10 +50,13 @@ class NoiseSchedule:
         self.sigma2_bar = np.zeros(self.T + 1)
         for t in range(1, self.T + 1):
             self.sigma2_bar[t] = self.lam[t]**2 * self.sigma2_bar[t - 1] + self.sigma2[t]
-        with np.errstate(divide="ignore"):
+        with np.errstate(all="ignore"):
             self.snr = self.lam_bar**2 / self.sigma2_bar
+        if not ((self.snr[1:] > 0) & np.isfinite(self.snr[1:])).all():
+            raise ValueError("lam_bar^2/sigma2_bar leaves the range of floats: use fewer or smaller steps")
         self.is_variance_preserving = bool(np.allclose(self.sigma2, 1 - self.lam**2, rtol=1e-9, atol=1e-12))
-        for table in (self.lam, self.sigma2, self.lam_bar, self.sigma2_bar, self.snr):
+        self.marginal_var = np.ones(self.T + 1) if self.is_variance_preserving else self.lam_bar**2 + self.sigma2_bar
+        for table in (self.lam, self.sigma2, self.lam_bar, self.sigma2_bar, self.snr, self.marginal_var):
             table.flags.writeable = False
 
     def __repr__(self):
@@ -91,6 +92,45 @@ class NoiseSchedule:
         _check_T(T)
         f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2)**2
         return cls.from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta))
+
+    @classmethod
+    def from_marginals(cls, lam_bar, sigma2_bar):
+        """The process whose x_t | x_0 is N(lam_bar_t x_0, sigma2_bar_t), given for t = 1..T (L02).
+
+        L02 read backwards: lam_t = lam_bar_t / lam_bar_{t-1} and sigma2_t = sigma2_bar_t - lam_t^2 sigma2_bar_{t-1},
+        which is positive where the signal-to-noise ratio falls; ValueError that names the first t where it isn't.
+        """
+        lam_bar, sigma2_bar = _positive_sequences(lam_bar=lam_bar, sigma2_bar=sigma2_bar)
+        lam = lam_bar / np.concatenate([[1.0], lam_bar[:-1]])
+        sigma2 = sigma2_bar - lam**2 * np.concatenate([[0.0], sigma2_bar[:-1]])
+        if not (sigma2 > 0).all():
+            raise ValueError("lam_bar^2/sigma2_bar must fall from each t to the next: the variance of the step to "
+                             f"t={np.argmin(sigma2 > 0) + 1} would not be above 0")
+        return cls(lam, sigma2)
+
+    @classmethod
+    def variance_exploding(cls, T=1000, sigma_min=0.01, sigma_max=50.0):
+        """lam_t = 1, and the noise's standard deviation runs from `sigma_min` to `sigma_max` in equal ratios (VE).
+
+        The defaults: 0.01 is near the distance of two of 256 grey levels in [-1, 1], and 50 near that of the two most
+        distant images of 28x28, 2 sqrt(784); larger ones want more. ValueError unless 0 < sigma_min < sigma_max.
+        """
+        _check_T(T)
+        if not 0 < sigma_min < sigma_max < np.inf:
+            raise ValueError(f"sigma_min must be above 0 and below sigma_max, got {sigma_min} and {sigma_max}")
+        return cls.from_marginals(np.ones(T), np.geomspace(sigma_max, sigma_min, T)[::-1]**2)
+
+    @classmethod
+    def sub_variance_preserving(cls, T=1000, beta_start=1e-4, beta_end=0.02, sigma_min=0.01):
+        """sigma2_bar_t = (1 - lam_bar_t^2)^2, the square of a VP process's, with `linear`'s fading (sub-VP).
+
+        The noise's standard deviation, 1 - lam_bar_t^2, starts near `sigma_min`: the first step fades that much. With 0
+        it starts at beta_start: noise far below a grey level, bits for nothing. ValueError unless 0 <= sigma_min < 1.
+        """
+        if not 0 <= sigma_min < 1:
+            raise ValueError(f"sigma_min must be at least 0 and below 1, got {sigma_min}")
+        lam_bar2 = (1 - sigma_min) * cls.linear(T, beta_start, beta_end).lam_bar[1:]**2
+        return cls.from_marginals(np.sqrt(lam_bar2), (1 - lam_bar2)**2)
 
     # ---- variance-preserving views
 
@@ -180,6 +220,19 @@ class NoiseSchedule:
 def _check_T(T):
     if not (isinstance(T, (int, np.integer)) and T >= 1):
         raise ValueError(f"T must be an integer >= 1, got {T!r}")
+
+
+def _positive_sequences(**named):
+    """The two named sequences as float64 arrays of one length; ValueError, with the name, unless all finite and > 0."""
+    first, second = named
+    arrays = [np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in named.values()]
+    if arrays[0].ndim != 1 or arrays[0].shape != arrays[1].shape or arrays[0].size == 0:
+        raise ValueError(f"{first} and {second} must be two sequences of one length T >= 1, "
+                         f"got shapes {arrays[0].shape} and {arrays[1].shape}")
+    for name, array in zip(named, arrays, strict=True):
+        if not (np.isfinite(array) & (array > 0)).all():
+            raise ValueError(f"{name} must be finite and > 0 at every step")
+    return arrays
 
 
 def _scalar_or_array(v):

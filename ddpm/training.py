@@ -16,6 +16,7 @@ from ddpm.models import (
     build_network,
     build_schedule,
     find_objective,
+    network_input,
     noise_output,
     noise_output_backward,
 )
@@ -130,7 +131,7 @@ class Trainer:
                 if isinstance(module, Dropout):
                     module.rng = masks
         where = batch.x_t, batch.t, self.schedule, self.config.network_predicts
-        output = noise_output(self.network(batch.x_t, batch.t), *where)
+        output = noise_output(self.network(network_input(batch.x_t, batch.t, self.schedule), batch.t), *where)
         values, gradient = self.objective(output, batch, self.schedule, self.dataset.bin_width)
         gradient *= self.xp.asarray((weight / self.config.batch_size).astype(np.float32)).reshape(-1, 1, 1, 1)
         self.network.backward(noise_output_backward(gradient, *where))

@@ -41,7 +41,8 @@ def ddpm(denoiser, schedule, x_T, *, timesteps, variance, rng, clip=None, callba
     ----------
     denoiser : anything with predict(x_t, t) -> Prediction
     x_T : array (N, ..., C)
-        Where the chain starts: a draw of x_t at t = timesteps[0].
+        Where the chain starts, at t = timesteps[0]: standard normal noise times schedule.marginal_var[t]**0.5, which is
+        1 where variance preserving, or a draw of x_t itself.
     timesteps : descending integers in 1..T, as from `schedule.timesteps`; 0 follows by itself
     variance : "large", "small", "learned" or a function (prediction, s, t) -> float or array shaped as x_t
     rng : numpy Generator, CuPy Generator or SampleStreams

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddpm import samplers
 from ddpm.ddpm import fixed_variance
@@ -12,6 +14,7 @@ from ddpm.mixture import GaussianMixture
 from ddpm.randomness import SampleStreams
 from ddpm.samplers.ancestral import clip_x0
 from tests.ddpm.test_ddpm import SCHEDULES
+from tests.helpers import property_test, schedules
 
 LINEAR = SCHEDULES["linear"]
 MEAN, VAR = 0.4, 0.3
@@ -76,6 +79,45 @@ def test_L05_exact_reverse_recovers_the_data(steps, schedule, rng):
     last = VAR * schedule.sigma2_bar[1] / (schedule.lam_bar[1]**2 * VAR + schedule.sigma2_bar[1])
     assert abs(x_0.mean() - MEAN) < 4 * np.sqrt(VAR / n)
     assert abs(x_0.var() / (VAR - last) - 1) < 4 * np.sqrt(2 / n)
+
+
+class Silent:
+    """A generator whose noise is zero."""
+
+    def standard_normal(self, shape, dtype=np.float64):
+        return np.zeros(shape, dtype)
+
+
+def affine_maps(schedule, times, variance):
+    """What the sampler does to Gaussian data: (s, m, k, v) with x_s = m + k x_t + sqrt(v) noise, for each step."""
+    steps = []
+    samplers.ddpm(gaussian_denoiser(schedule), schedule, np.array([[-5.0], [5.0]]), timesteps=times, variance=variance,
+                  rng=Silent(), callback=steps.append)
+    for step in steps:
+        k = np.diff(step.mean[:, 0]).item() / np.diff(step.x_t[:, 0]).item()
+        yield step.s, (step.mean[0] - k * step.x_t[0]).item(), k, np.ravel(step.var)[0]
+
+
+@property_test
+@given(schedules(), st.data())
+def test_L05_C15_marginals_are_kept_on_any_schedule_over_any_times(schedule, data):
+    """In closed form, no draw: mean and variance go through the sampler's own steps, and stay those of q(x_s)."""
+    times = sorted(data.draw(st.sets(st.integers(1, schedule.T), min_size=1, max_size=8)), reverse=True)
+
+    def law(t):
+        return schedule.lam_bar[t] * MEAN, schedule.lam_bar[t]**2 * VAR + schedule.sigma2_bar[t]
+    mean, var = law(times[0])
+    for s, m, k, v in affine_maps(schedule, times, "learned"):
+        mean, var = m + k * mean, k**2 * var + (v if s else 0)
+        expected_mean, expected_var = law(s)
+        if s == 0:                                           # the last step is the mean: Var[x_0 | x_t] is left out
+            expected_var -= VAR * schedule.sigma2_bar[times[-1]] / law(times[-1])[1]
+        np.testing.assert_allclose((mean, var), (expected_mean, expected_var), rtol=1e-7)
+    if len(times) > 1:                                       # control: "small" misses a^2 Var[x_0 | x_t]
+        t, (s, m, k, v) = times[0], next(affine_maps(schedule, times, "small"))
+        missing = schedule.posterior(s, t).a**2 * VAR * schedule.sigma2_bar[t] / law(t)[1]
+        np.testing.assert_allclose(k**2 * law(t)[1] + v + missing, law(s)[1], rtol=1e-9)
+        assert missing > 1e-6 * law(s)[1]
 
 
 def test_L05_fixed_variances_miss_it_over_large_steps(rng):

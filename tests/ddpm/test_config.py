@@ -47,6 +47,12 @@ def test_tuples_on_the_command_line(text, levels):
     assert parse("--attention-levels", text).attention_levels == levels
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "variance-exploding", "sub-vp"])
+def test_schedules_by_flag_and_from_a_file(schedule):
+    config = parse("--schedule", schedule)
+    assert config.schedule == schedule and TrainConfig.from_json(f'{{"schedule": "{schedule}"}}') == config
+
+
 def test_flags_lay_over_a_base():
     base = TrainConfig(T=77, lr=0.5)
     assert parse("--steps", "9", base=base) == dataclasses.replace(base, steps=9)
@@ -104,7 +110,7 @@ def test_importing_the_configuration_is_light():
     ({"weight_decay": -1}, "--weight-decay must be at least 0, got -1.0"),
     ({"seed": -3}, "--seed must be at least 0, got -3"), ({"workers": -1}, "--workers must be at least 0, got -1"),
     ({"model": "gan"}, "--model must be one of ddpm, iddpm, gddm, got 'gan'"),
-    ({"schedule": ["linear"]}, "--schedule must be one of linear, cosine, got ['linear']"),
+    ({"schedule": ["linear"]}, "--schedule must be one of linear, cosine, variance-exploding, sub-vp, got ['l"),
     ({"device": "tpu"}, "--device must be one of cpu, cuda, got 'tpu'"),
     ({"data": ""}, "--data must be the name of a data set"),
     ({"data": None}, "--data must be text, got None"), ({"data_dir": 3}, "--data-dir must be text, got 3"),

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddpm import elbo, gaussian
 from ddpm.posterior import Posterior
 from ddpm.schedule import NoiseSchedule
 from nn.backend import array_module, per_example, to_host
-from tests.helpers import general_schedule, zscore
+from tests.ddpm.test_schedule import rescaled
+from tests.helpers import general_schedule, property_test, schedules, zscore
 
 SHORT = NoiseSchedule.from_betas(np.linspace(1e-3, 0.2, 50))
 LEVELS = 2 * np.arange(256) / 255 - 1
@@ -137,6 +140,88 @@ def test_L06_a_wrong_model_has_a_worse_bound(scale, widen, rng):
     assert zscore(bound + gaussian.log_normal(x0, 0.0, 1.0)) > 20
     naive = elbo.sampled_bound(x0, model, SHORT, rng)
     assert abs(zscore(naive + bound)) < 4                               # both estimate the same bound
+
+
+# ---- the prior, and schedules that aren't variance preserving
+
+OTHERS = {"VE": NoiseSchedule.variance_exploding(50), "sub-VP": NoiseSchedule.sub_variance_preserving(50),
+          "general": general_schedule()}
+
+
+@property_test
+@given(schedules(), st.data())
+def test_L04_the_prior_costs_what_x_T_still_knows(schedule, data):
+    """For N(0, 1) data E KL(q(x_t|x_0) || N(0, marginal_var)) is the mutual information, log(1 + snr)/2; other priors
+    cost more. The KL is linear in x_0^2, so that x_0^2 = 1 stands for the mean."""
+    t = data.draw(st.integers(1, schedule.T))
+    x0 = np.array([1.0, -1.0])
+    cost = elbo.prior_kl(x0, schedule, t)
+    np.testing.assert_allclose(cost, 0.5 * np.log1p(schedule.snr[t]), rtol=1e-9, atol=1e-14)
+    var = schedule.marginal_var[t]
+    np.testing.assert_array_equal(elbo.prior_kl(x0, schedule, t, prior_var=float(var)), cost)
+    for factor in (0.9, 1.1):
+        assert (elbo.prior_kl(x0, schedule, t, prior_var=factor * var) > cost + 1e-3).all()
+
+
+def test_L04_times_of_a_prior_may_differ(rng):
+    schedule, t = NoiseSchedule.variance_exploding(20), np.array([3, 20])
+    x0 = rng.standard_normal((2, 4)).astype(np.float32)
+    both = elbo.prior_kl(x0, schedule, t)
+    assert both.dtype == np.float32
+    for i in range(2):
+        np.testing.assert_allclose(both[i], elbo.prior_kl(x0[i:i + 1], schedule, int(t[i]))[0], rtol=1e-4, atol=1e-6)
+
+
+@property_test
+@given(schedules(), st.data())
+def test_L06_every_path_gives_log_p_on_any_schedule_and_any_times(schedule, data):
+    """N(0, 1) data, their exact reverse and the default prior: the bound is log p(x_0) along every single path."""
+    times = sorted(data.draw(st.sets(st.integers(1, schedule.T), min_size=1)), reverse=True)
+    rng = np.random.default_rng(0)
+    x0 = rng.standard_normal((4, 3))
+    log_p = gaussian.log_normal(x0, 0.0, 1.0).sum(axis=1)
+    value = elbo.sampled_bound(x0, exact_reverse(schedule), schedule, rng, times)
+    np.testing.assert_allclose(value, log_p, rtol=1e-8, atol=1e-8)
+    wrong = elbo.sampled_bound(x0, exact_reverse(schedule), schedule, rng, times,
+                               prior_var=1.3 * schedule.marginal_var[times[0]])
+    assert abs(wrong - log_p).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_L06_bound_is_tight_on_other_schedules_with_its_default_prior(name):
+    schedule, rng, n = OTHERS[name], np.random.default_rng(0), 20_000
+    x0, reverse = rng.standard_normal(n), exact_reverse(schedule)
+    log_p = gaussian.log_normal(x0, 0.0, 1.0)
+    for timesteps in (None, schedule.timesteps(7), schedule.timesteps(10, "quadratic"), [1]):
+        bound = elbo.negative_bound(x0, reverse, schedule, rng, timesteps, bin_width=None)
+        assert abs(zscore(bound.total + log_p)) < 4
+        first = schedule.T if timesteps is None else timesteps[0]
+        np.testing.assert_array_equal(bound.prior, elbo.prior_kl(x0, schedule, first))
+    wide = elbo.negative_bound(x0, reverse, schedule, rng, bin_width=None, prior_var=4 * schedule.marginal_var[-1])
+    assert zscore(wide.total + log_p) > 20                              # control: another prior
+    t = rng.integers(1, schedule.T + 1, n)
+    assert abs(zscore(elbo.uniform_time_bound(x0, t, reverse, schedule, rng, bin_width=None) + log_p)) < 4
+
+
+@property_test
+@given(schedules())
+def test_L06_the_bound_knows_a_process_by_its_signal_to_noise_ratio_alone(schedule):
+    """Scaled to unit variance, with the model scaled alike, every process gives the bound of a VP one, term by term."""
+    vp, r = rescaled(schedule)
+
+    def wrong(x_t, s, t):
+        mean, var = exact_reverse(schedule, 0.1, 0.5)(x_t, s, t)
+        return mean + 0.05 * r[s], 1.2 * var
+
+    def wrong_scaled(x_t, s, t):
+        mean, var = wrong(r[t] * x_t, s, t)
+        return mean / r[s], var / r[s]**2
+
+    x0 = np.random.default_rng(0).uniform(-1, 1, (3, 4))
+    ours, theirs = (elbo.negative_bound(x0, model, process, np.random.default_rng(1), bin_width=0.1)
+                    for process, model in ((schedule, wrong), (vp, wrong_scaled)))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
 # ---- L07, E06

@@ -62,6 +62,15 @@ def test_the_table_says_what_was_measured_and_what_comes_next(run, capsys):
     assert f"curve over t: {run / 'bits.png'}" in out and f"next: python -m ddpm.sample {run}" in out
 
 
+@pytest.mark.parametrize("settings", [{"schedule": "variance-exploding"}, {"schedule": "sub-vp", "T": 30},
+                                      {"schedule": "variance-exploding", "model": "iddpm"},
+                                      {"schedule": "variance-exploding", "model": "ddpm"}], ids=str)
+def test_a_model_of_any_schedule(settings, tmp_path, capsys):
+    parts = measured(capsys, untrained(tmp_path / "run", **settings), "--images", 4, "--strata", 5, "--workers", 1)
+    assert all(isinstance(part, float) for part in parts.values())
+    assert 0 < parts["prior"] < 0.01                         # against N(0, 1) it would be a thousand bits and more
+
+
 def test_json_has_null_where_there_is_no_standard_error(tmp_path, capsys):
     """A folder of two pictures has one to test with."""
     (tmp_path / "pictures").mkdir()

@@ -8,23 +8,25 @@ from ddpm.generate import draw_images, trajectory
 from ddpm.parallel import Alone, make_group
 from ddpm.schedule import NoiseSchedule
 from tests.ddpm.test_likelihood import small_network
+from tests.helpers import zscore
 
 SCHEDULE, SHAPE = NoiseSchedule.cosine(30), (4, 4, 2)
 MEAN, VAR = 0.2, 0.04
 
 
-def gaussian(xp=np):
+def gaussian(schedule=SCHEDULE):
     """The exact denoiser of N(MEAN, VAR) pixels, all of which lie well within [-1, 1]."""
     def moments(x_t, t):
-        lam, noise = float(SCHEDULE.lam_bar[t]), float(SCHEDULE.sigma2_bar[t])
+        lam, noise = float(schedule.lam_bar[t]), float(schedule.sigma2_bar[t])
         gain = lam * VAR / (lam**2 * VAR + noise)
         return MEAN + gain * (x_t - lam * MEAN), 0 * x_t + VAR * noise / (lam**2 * VAR + noise)
-    return Denoiser.from_moments(moments, SCHEDULE)
+    return Denoiser.from_moments(moments, schedule)
 
 
 def drawn(num, workers=1, denoiser=None, shape=SHAPE, **options):
     options = {"steps": 10, "variance": "learned"} | options
-    return draw_images(denoiser or gaussian(), SCHEDULE, shape, num, make_group(workers), **options)
+    denoiser = denoiser or gaussian()
+    return draw_images(denoiser, denoiser.schedule, shape, num, make_group(workers), **options)
 
 
 def test_an_image_is_a_function_of_seed_and_number():
@@ -47,12 +49,36 @@ def test_an_image_of_a_network_is_so_to_rounding():
         np.testing.assert_allclose(other, whole, atol=1e-3)
 
 
+OTHERS = {"cosine": SCHEDULE, "VE": NoiseSchedule.variance_exploding(30),
+          "sub-VP": NoiseSchedule.sub_variance_preserving(30)}
+
+
+@pytest.mark.parametrize("schedule", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("steps", [30, 5])
-def test_C15_samples_of_the_exact_model_have_the_moments_of_the_data(steps):
-    images = drawn(300, steps=steps, chunk=100).astype(np.float64)
-    last = VAR * SCHEDULE.sigma2_bar[1] / (SCHEDULE.lam_bar[1]**2 * VAR + SCHEDULE.sigma2_bar[1])
+def test_C15_samples_of_the_exact_model_have_the_moments_of_the_data(steps, schedule):
+    images = drawn(300, steps=steps, chunk=100, denoiser=gaussian(schedule)).astype(np.float64)
+    last = VAR * schedule.sigma2_bar[1] / (schedule.lam_bar[1]**2 * VAR + schedule.sigma2_bar[1])
     assert abs(images.mean() - MEAN) < 4 * np.sqrt(VAR / images.size)
     assert abs(images.var() / (VAR - last) - 1) < 4 * np.sqrt(2 / images.size)
+
+
+@pytest.mark.parametrize("schedule", OTHERS.values(), ids=OTHERS)
+def test_chains_start_from_the_prior_of_the_bound(schedule):
+    """Standard normal noise, scaled to what x_T is for data of unit variance; shown to people at unit variance."""
+    seen = []
+
+    class Watched(Denoiser):
+        def predict(self, x_t, t):
+            seen.append(x_t)
+            return gaussian(schedule).predict(x_t, t)
+    drawn(50, denoiser=Watched(schedule), steps=3, chunk=50)
+    x_T, var = seen[0].astype(np.float64), schedule.marginal_var[-1]
+    assert abs(zscore(x_T.ravel())) < 4 and abs(zscore(x_T.ravel()**2, var)) < 4 and seen[0].dtype == np.float32
+    assert not schedule.is_variance_preserving or var == 1
+    times, shown, *_ = trajectory(gaussian(schedule), schedule, SHAPE, 50, steps=3, variance="learned")
+    np.testing.assert_allclose(shown[0] * var**0.5, seen[0], rtol=1e-6)
+    spread = (schedule.lam_bar[times]**2 * VAR + schedule.sigma2_bar[times]) / schedule.marginal_var[times]
+    np.testing.assert_allclose(shown.var(axis=(1, 2, 3, 4)), spread, rtol=0.15)
 
 
 def test_images_stay_in_range_and_progress_is_counted():

@@ -14,7 +14,7 @@ from ddpm.models import NetworkDenoiser
 from ddpm.parallel import Alone, make_group
 from ddpm.schedule import NoiseSchedule
 from nn.unet import UNet
-from tests.helpers import property_test, zscore
+from tests.helpers import general_schedule, property_test, zscore
 
 SCHEDULE = NoiseSchedule.cosine(30)
 
@@ -62,6 +62,20 @@ def test_L06_L07_the_exact_model_attains_log_p_with_any_strata(strata, rng):
     wrong = image_bits(exact(spread=6.0), SCHEDULE, x0, variance="learned", bin_width=None, strata=strata, clip=None)
     assert zscore(wrong.total + log_p / (18 * np.log(2))) > 6                        # a worse model needs more bits
     assert abs(zscore(difference - bits.decoder)) > 6        # every part is needed
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.variance_exploding(30), NoiseSchedule.sub_variance_preserving(30),
+                                      general_schedule(30)], ids=["VE", "sub-VP", "general"])
+def test_L06_L07_so_it_does_on_any_schedule(schedule, rng):
+    """With the prior that belongs to the schedule; N(0, 1) for x_T would cost a variance-exploding one dearly."""
+    x0 = rng.standard_normal((400, 3, 3, 2))
+    bits = image_bits(exact(schedule), schedule, x0, variance="learned", bin_width=None, strata=8, clip=None)
+    log_p = -0.5 * (x0**2 + np.log(2 * np.pi)).reshape(400, -1).sum(axis=1)
+    difference = bits.total + log_p / (18 * np.log(2))
+    assert abs(zscore(difference)) < 4
+    standard = elbo.prior_kl(x0, schedule, prior_var=1.0).reshape(400, -1).sum(axis=1) / (18 * np.log(2))
+    gap = (standard - bits.prior).mean()
+    assert gap > 100 if schedule.lam[1] == 1 else gap > 0
 
 
 @pytest.mark.parametrize("variance", ["large", "small", "learned"])

@@ -10,6 +10,7 @@ from ddpm.config import TrainConfig
 from ddpm.models import (
     OBJECTIVES,
     OUTPUTS,
+    SCHEDULES,
     Batch,
     NetworkDenoiser,
     build_network,
@@ -17,6 +18,7 @@ from ddpm.models import (
     default_variance,
     find_objective,
     load_denoiser,
+    network_input,
     noise_output,
     noise_output_backward,
 )
@@ -25,19 +27,20 @@ from ddpm.samplers.ancestral import learned_variance
 from ddpm.schedule import NoiseSchedule
 from nn.ema import EMA
 from nn.unet import UNet
+from tests.helpers import general_schedule, zscore
 
 MODELS = ("ddpm", "iddpm", "gddm")
-SCHEDULE = NoiseSchedule.cosine(20)
+SCHEDULE, VE = NoiseSchedule.cosine(20), NoiseSchedule.variance_exploding(20)
 TINY = TrainConfig(data="digits", T=20, schedule="cosine", base_channels=8, channel_mults=(1, 2), attention_levels=(1,),
                    groups=4, heads=2, batch_size=8)
 
 
-def denoiser(model, channels=2, dtype=np.float64, prediction="eps"):
+def denoiser(model, channels=2, dtype=np.float64, prediction="eps", schedule=SCHEDULE):
     """A network without zeros; each call gives the same one."""
     network = UNet(channels, OUTPUTS[model] * channels, base_channels=8, channel_mults=(1, 2), attention_levels=(1,),
                    groups=4, heads=2, rng=np.random.default_rng(0), dtype=dtype)
     network.flat_parameters[...] += 0.1 * np.random.default_rng(1).standard_normal(network.num_parameters)
-    return NetworkDenoiser(network, model, SCHEDULE, prediction)
+    return NetworkDenoiser(network, model, schedule, prediction)
 
 
 def noisy(rng, n=3, channels=2, dtype=np.float64):
@@ -48,17 +51,23 @@ TIMES = [1, 7, 20, np.array([1, 12, 20])]
 
 
 @pytest.mark.parametrize("t", TIMES, ids=str)
+@pytest.mark.parametrize("schedule", [SCHEDULE, VE], ids=["VP", "VE"])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("model", MODELS)
-def test_L22_mean_of_the_image_and_of_the_noise_say_the_same(model, prediction, t, rng):
-    x_t, d = noisy(rng), denoiser(model, prediction=prediction)
+def test_L22_mean_of_the_image_and_of_the_noise_say_the_same(model, prediction, schedule, t, rng):
+    """And the network is shown z, of unit variance, in which every schedule is variance preserving."""
+    d = denoiser(model, prediction=prediction, schedule=schedule)
+    lam, noise = (np.reshape(v[t], (-1, 1, 1, 1)) for v in (schedule.lam_bar, np.sqrt(schedule.sigma2_bar)))
+    spread = np.hypot(lam, noise)
+    x_t = spread * noisy(rng)
     prediction = d.predict(x_t, t)
-    lam, noise = (np.reshape(v[t], (-1, 1, 1, 1)) for v in (SCHEDULE.lam_bar, np.sqrt(SCHEDULE.sigma2_bar)))
     np.testing.assert_allclose(lam * prediction.x0 + noise * prediction.eps, x_t, rtol=1e-9, atol=1e-9)
-    first = d.network(x_t, t)[..., :2]
-    expected = first if d.prediction == "eps" else lam * first + noise * x_t       # variance preserving
-    np.testing.assert_allclose(prediction.eps, expected, rtol=1e-12)
-    assert d.prediction == "eps" or np.abs(prediction.eps - (lam * first - noise * x_t)).max() > 0.01
+    z = x_t / spread
+    first = d.network(z, t)[..., :2]
+    expected = first if d.prediction == "eps" else (lam * first + noise * z) / spread
+    np.testing.assert_allclose(prediction.eps, expected, rtol=1e-9, atol=1e-12)
+    assert d.prediction == "eps" or np.abs(prediction.eps - (lam * first - noise * z) / spread).max() > 0.01
+    assert schedule is SCHEDULE or np.abs(prediction.eps - d.network(x_t, t)[..., :2]).max() > 1e-5
     assert prediction.x0.shape == prediction.eps.shape == x_t.shape
     assert (d.evaluations, d.vjps) == (3, 0)
 
@@ -188,6 +197,20 @@ def test_network_and_schedule_are_the_configurations(model, rng):
     assert build_network(config, 3, rng, num_classes=4).num_parameters == network.num_parameters + 5 * 32
 
 
+@pytest.mark.parametrize("name, constructor", [
+    ("linear", NoiseSchedule.linear), ("cosine", NoiseSchedule.cosine),
+    ("variance-exploding", NoiseSchedule.variance_exploding), ("sub-vp", NoiseSchedule.sub_variance_preserving)])
+def test_schedules_by_name(name, constructor):
+    built = build_schedule(dataclasses.replace(TINY, schedule=name, T=50))
+    np.testing.assert_array_equal(built.lam, constructor(50).lam)
+    np.testing.assert_array_equal(built.sigma2, constructor(50).sigma2)
+
+
+def test_every_schedule_that_may_be_asked_for_can_be_built():
+    asked, = (f for f in dataclasses.fields(TrainConfig) if f.name == "schedule")
+    assert list(SCHEDULES) == list(asked.metadata["choices"])
+
+
 @pytest.fixture
 def saved(tmp_path, rng):
     """A run folder whose parameters and average differ: (path, network with the parameters, the average)."""
@@ -237,14 +260,13 @@ def test_help_names_every_objective_in_order():
         assert f"{model}: {', '.join(objectives)}" in text
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULE, NoiseSchedule(np.full(20, 1.0), np.linspace(0.1, 1, 20))],
-                         ids=["VP", "VE"])
+@pytest.mark.parametrize("schedule", [SCHEDULE, VE, general_schedule()], ids=["VP", "VE", "general"])
 def test_L22_v_as_output_and_its_gradient(schedule, rng):
-    """v = lam_bar eps - sigma_bar x_0 at the door, and the transpose of that map on the way back."""
+    """v = (lam_bar eps - sigma_bar x_0)/r at the door, and the transpose of that map on the way back."""
     x0, eps, t = noisy(rng), noisy(rng), np.array([1, 12, 20])
     head, x_t = noisy(rng), schedule.add_noise(x0, t, eps)
     lam, noise = (np.reshape(v[t], (-1, 1, 1, 1)) for v in (schedule.lam_bar, np.sqrt(schedule.sigma2_bar)))
-    output = np.concatenate([lam * eps - noise * x0, head], axis=-1)
+    output = np.concatenate([(lam * eps - noise * x0) / np.hypot(lam, noise), head], axis=-1)
     read = noise_output(output, x_t, t, schedule, "v")
     np.testing.assert_allclose(read, np.concatenate([eps, head], axis=-1), atol=1e-12)
     assert noise_output(output, x_t, t, schedule, "eps") is output
@@ -255,11 +277,32 @@ def test_L22_v_as_output_and_its_gradient(schedule, rng):
     assert abs((w * moved).sum() - (w * d).sum()) > 0.01                             # forgetting the factor shows
 
 
-def test_vjp_of_a_network_that_predicts_v(rng):
-    d, x_t, t, v, w = denoiser("gddm", prediction="v"), noisy(rng), np.array([1, 12, 20]), noisy(rng), noisy(rng)
-    step = 1e-6
-    difference = (d.predict(x_t + step * w, t).eps - d.predict(x_t - step * w, t).eps) / (2 * step)
-    np.testing.assert_allclose((v * difference).sum(), (d.vjp(x_t, t, v) * w).sum(), rtol=1e-7)
+@pytest.mark.parametrize("schedule", [VE, NoiseSchedule.sub_variance_preserving(30), general_schedule()],
+                         ids=["VE", "sub-VP", "general"])
+def test_a_network_is_shown_unit_variance(schedule, rng):
+    """Pixels +-1 have variance 1, and so has what the network gets of them, at every time."""
+    for t in (1, 10, schedule.T):
+        x0 = rng.choice([-1.0, 1.0], (200, 8, 8, 1))
+        x_t = schedule.add_noise(x0, t, rng.standard_normal(x0.shape))
+        shown = network_input(x_t, t, schedule)
+        assert abs(zscore(shown.ravel()**2, 1.0)) < 4
+        np.testing.assert_allclose(network_input(x_t[:2], np.array([t, t]), schedule), shown[:2], rtol=1e-12)
+    assert network_input(x_t.astype(np.float32), np.full(200, t), schedule).dtype == np.float32
+    assert network_input(x_t, t, SCHEDULE) is x_t            # variance preserving: nothing to do, not even a copy
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, VE, general_schedule()], ids=["VP", "VE", "general"])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_vjp_contains_what_happens_at_the_doors(prediction, schedule, rng):
+    d, t, v = denoiser("gddm", prediction=prediction, schedule=schedule), np.array([1, 12, 20]), noisy(rng)
+    spread = np.reshape(np.sqrt(schedule.marginal_var[t]), (-1, 1, 1, 1))
+    x_t, w = spread * noisy(rng), spread * noisy(rng)
+    for times in (t, 12):
+        step = 1e-6
+        moved = (d.predict(x_t + step * w, times).eps - d.predict(x_t - step * w, times).eps) / (2 * step)
+        np.testing.assert_allclose((v * moved).sum(), (d.vjp(x_t, times, v) * w).sum(), rtol=1e-7)
+    forgotten = d.network.backward(np.concatenate([v, 0 * v], axis=-1), params=False)
+    assert schedule is SCHEDULE or abs((forgotten * w).sum() / (v * moved).sum() - 1) > 1e-3
 
 
 def test_a_run_remembers_what_its_network_predicts(tmp_path):

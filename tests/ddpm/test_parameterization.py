@@ -15,7 +15,8 @@ from nn.backend import array_module, per_example, to_host
 from tests.helpers import general_schedule, property_test, schedules
 
 LINEAR = NoiseSchedule.linear()
-both = pytest.mark.parametrize("schedule", [LINEAR, general_schedule()], ids=["VP", "general"])
+both = pytest.mark.parametrize("schedule", [LINEAR, general_schedule(), NoiseSchedule.variance_exploding(20)],
+                               ids=["VP", "general", "VE"])
 
 
 def example(schedule, rng, shape=(4, 3, 3, 2)):
@@ -24,7 +25,7 @@ def example(schedule, rng, shape=(4, 3, 3, 2)):
     x0, eps = rng.standard_normal((2, *shape))
     x_t = schedule.add_noise(x0, t, eps)
     l, n = per_example(schedule.lam_bar[t], x0), per_example(np.sqrt(schedule.sigma2_bar[t]), x0)
-    return t, x_t, {"eps": eps, "x0": x0, "v": l * eps - n * x0, "score": -eps / n}
+    return t, x_t, {"eps": eps, "x0": x0, "v": (l * eps - n * x0) / np.sqrt(l**2 + n**2), "score": -eps / n}
 
 
 @both
@@ -63,6 +64,37 @@ def test_L22_squared_errors_are_in_proportion(schedule, kind, rng):
     np.testing.assert_allclose(ratio, par.squared_error_ratio(kind, t, schedule), rtol=1e-9)
     if kind == "x0":
         np.testing.assert_allclose(ratio, 1 / schedule.snr[t], rtol=1e-9)
+
+
+@property_test
+@given(schedules(), st.data())
+def test_L22_v_has_unit_variance_and_its_errors_do_not_grow(schedule, data):
+    """In any schedule (x_t, r v)/r is (x0, eps) turned by an angle; the plain l eps - n x0 has variance r^2."""
+    t = data.draw(st.integers(1, schedule.T))
+    l, n = schedule.lam_bar[t], np.sqrt(schedule.sigma2_bar[t])
+    x0, eps, error = np.random.default_rng(0).standard_normal((3, 5))
+    x_t = schedule.add_noise(x0, t, eps)
+    v = par.v_from_eps(eps, x_t, t, schedule)
+    scaled = x_t / np.sqrt(schedule.marginal_var[t])
+    np.testing.assert_allclose(scaled**2 + v**2, x0**2 + eps**2, rtol=1e-9)
+    turn = np.array([[l, n], [-n, l]]) / np.sqrt(l**2 + n**2)
+    np.testing.assert_allclose([scaled, v], turn @ [x0, eps], rtol=1e-9, atol=1e-10)
+    for kind in ("x0", "eps"):
+        moved = par.convert(v + error, "v", kind, x_t, t, schedule) - par.convert(v, "v", kind, x_t, t, schedule)
+        assert (abs(moved) <= abs(error) * (1 + 1e-9)).all()
+
+
+@property_test
+@given(schedules(), st.data())
+def test_L22_derivatives_of_eps_from_v(schedule, data):
+    """eps is linear in x_t and in v, so that a difference of any length gives the slope."""
+    times = np.array(data.draw(st.lists(st.integers(1, schedule.T), min_size=1, max_size=4)))
+    x_t, v, dx, dv = np.random.default_rng(0).standard_normal((4, len(times), 3))
+    for t in (times, int(times[0])):
+        of_x, of_v = (per_example(w, x_t) for w in par.eps_from_v_derivatives(t, schedule))
+        moved = par.eps_from_v(v + dv, x_t + dx, t, schedule) - par.eps_from_v(v, x_t, t, schedule)
+        np.testing.assert_allclose(moved, of_x * dx + of_v * dv, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(per_example(par.squared_error_ratio("v", t, schedule), v) * of_v**2, 1, rtol=1e-9)
 
 
 @both
@@ -139,8 +171,9 @@ def test_U03_noise_is_minus_the_scaled_score_of_gaussian_data(schedule):
 def test_bad_input():
     x = np.zeros((2, 3))
     for t in (0, np.array([1, 0]), -1):
-        with pytest.raises(ValueError, match="t must be at least 1"):
-            par.eps_from_x0(x, x, t, LINEAR)
+        for call in (lambda t=t: par.eps_from_x0(x, x, t, LINEAR), lambda t=t: par.eps_from_v_derivatives(t, LINEAR)):
+            with pytest.raises(ValueError, match="t must be at least 1"):
+                call()
     with pytest.raises(ValueError, match="one of eps, x0, v, score"):
         par.convert(x, "noise", "x0", x, 3, LINEAR)
     with pytest.raises(ValueError, match="one of eps"):

@@ -66,6 +66,15 @@ def test_a_model_without_variance(tmp_path, capsys):
     assert "--variance learned needs a model that has one (gddm or iddpm); use large or small" in said
 
 
+@pytest.mark.parametrize("settings", [{"schedule": "variance-exploding"}, {"schedule": "sub-vp", "T": 30},
+                                      {"schedule": "variance-exploding", "model": "iddpm"},
+                                      {"schedule": "sub-vp", "T": 30, "model": "ddpm"}], ids=str)
+def test_a_model_of_any_schedule(settings, tmp_path, capsys):
+    run = untrained(tmp_path / "run", **settings)
+    images = sampled(tmp_path / "out", run, "--num", 2, "--steps", 4, "--workers", 1)
+    assert images.shape == (2, 8, 8, 1) and np.ptp(images) > 0
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--num 0", "--num must be at least 1, got 0"), ("--num x", "invalid int value"),
     ("--steps 21", "--steps must lie in 1..20, the number of steps this model was trained with, got 21"),

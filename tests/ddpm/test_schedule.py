@@ -50,11 +50,32 @@ def test_L02_between_composes(schedule, data):
 
 
 @property_test
+@given(schedules())
+def test_L02_from_marginals_reads_the_recursion_backwards(schedule):
+    again = NoiseSchedule.from_marginals(schedule.lam_bar[1:], schedule.sigma2_bar[1:])
+    np.testing.assert_allclose(again.lam, schedule.lam, rtol=1e-12)
+    np.testing.assert_allclose(again.sigma2, schedule.sigma2, rtol=1e-9, atol=1e-13 * schedule.sigma2_bar.max())
+    np.testing.assert_allclose(again.sigma2_bar, schedule.sigma2_bar, rtol=1e-12)
+
+
+@property_test
+@given(schedules(), st.data())
+def test_L02_from_marginals_refuses_a_signal_to_noise_ratio_that_rises(schedule, data):
+    """Noise can't be taken back: with the marginals of t and t+1 exchanged, the step to t+1 has no variance."""
+    t = data.draw(st.integers(1, schedule.T - 1))
+    order = np.arange(1, schedule.T + 1)
+    order[t - 1:t + 1] = t + 1, t
+    with pytest.raises(ValueError, match=f"must fall from each t .* to t={t + 1} would not be above 0"):
+        NoiseSchedule.from_marginals(schedule.lam_bar[order], schedule.sigma2_bar[order])
+
+
+@property_test
 @given(schedules(variance_preserving=True))
 def test_L03_variance_preserving(schedule):
     assert schedule.is_variance_preserving
     np.testing.assert_allclose(schedule.sigma2_bar, 1 - schedule.lam_bar**2, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(schedule.lam**2 * 1.0 + schedule.sigma2, 1, rtol=1e-14)      # unit variance stays
+    assert (schedule.marginal_var == 1).all()
 
 
 @property_test
@@ -62,6 +83,33 @@ def test_L03_variance_preserving(schedule):
 def test_L03_control_general_schedules_are_not_variance_preserving(schedule):
     assert not schedule.is_variance_preserving
     assert abs(schedule.sigma2_bar - (1 - schedule.lam_bar**2)).max() > 1e-4
+    assert abs(schedule.marginal_var - 1).max() > 1e-4
+
+
+@property_test
+@given(schedules())
+def test_L03_marginal_variance_is_what_unit_variance_becomes(schedule):
+    carried = np.ones(schedule.T + 1)
+    for t in range(1, schedule.T + 1):
+        carried[t] = schedule.lam[t]**2 * carried[t - 1] + schedule.sigma2[t]
+    np.testing.assert_allclose(schedule.marginal_var, carried, rtol=1e-12)
+
+
+def rescaled(schedule):
+    """The process of x_t / r_t, r_t^2 = marginal_var_t, and the r_t (T+1,)."""
+    r = np.sqrt(schedule.marginal_var)
+    return NoiseSchedule.from_marginals(schedule.lam_bar[1:] / r[1:], schedule.sigma2_bar[1:] / r[1:]**2), r
+
+
+@property_test
+@given(schedules(), st.data())
+def test_L03_any_process_is_variance_preserving_in_units_of_its_own_spread(schedule, data):
+    vp, r = rescaled(schedule)
+    assert vp.is_variance_preserving
+    np.testing.assert_allclose(vp.snr, schedule.snr, rtol=1e-10)
+    s, t = sorted(data.draw(st.lists(st.integers(0, schedule.T), min_size=2, max_size=2, unique=True)))
+    a, b, var = schedule.posterior(s, t)
+    np.testing.assert_allclose(vp.posterior(s, t), (a / r[s], b * r[t] / r[s], var / r[s]**2), rtol=1e-8, atol=1e-13)
 
 
 def test_L04_long_chains_forget_and_easy_steps_remember():
@@ -142,9 +190,54 @@ def test_cosine_values():
     assert NoiseSchedule.cosine(1).T == 1
 
 
+def test_L01_variance_exploding_only_adds_noise():
+    schedule = NoiseSchedule.variance_exploding()
+    assert schedule.T == 1000 and (schedule.lam == 1).all() and not schedule.is_variance_preserving
+    sigma = np.sqrt(schedule.sigma2_bar[1:])
+    np.testing.assert_allclose(sigma[[0, -1]], (0.01, 50), rtol=1e-12)
+    np.testing.assert_allclose(sigma[1:] / sigma[:-1], 5000**(1 / 999), rtol=1e-10)
+    np.testing.assert_allclose(schedule.sigma2[1:], np.diff(schedule.sigma2_bar), rtol=1e-12)
+    np.testing.assert_allclose(schedule.marginal_var[[0, 1, 1000]], (1, 1.0001, 2501), rtol=1e-12)
+    one, short = NoiseSchedule.variance_exploding(1), NoiseSchedule.variance_exploding(3, 0.1, 10)
+    np.testing.assert_allclose(one.sigma2_bar, (0, 2500))
+    np.testing.assert_allclose(short.sigma2_bar, (0, 0.01, 1, 100), rtol=1e-12)
+    for bounds in ((0, 1), (1, 1), (2, 1), (1, np.inf), (np.nan, 1)):
+        with pytest.raises(ValueError, match="sigma_min must be above 0 and below sigma_max"):
+            NoiseSchedule.variance_exploding(10, *bounds)
+
+
+@pytest.mark.parametrize("T", [25, 1000])
+def test_L01_sub_variance_preserving_fades_alike_with_less_noise(T):
+    schedule, vp = NoiseSchedule.sub_variance_preserving(T), NoiseSchedule.linear(T)
+    lam_bar2 = 0.99 * vp.alpha_bar[1:]
+    np.testing.assert_allclose(schedule.lam_bar[1:]**2, lam_bar2, rtol=1e-12)
+    np.testing.assert_allclose(schedule.sigma2_bar[1:], (1 - lam_bar2)**2, rtol=1e-9)
+    np.testing.assert_allclose(schedule.lam[2:], vp.lam[2:], rtol=1e-12)
+    assert (schedule.sigma2_bar[1:] < 1 - schedule.lam_bar[1:]**2).all() and (schedule.marginal_var[1:] < 1).all()
+    plain = NoiseSchedule.sub_variance_preserving(T, sigma_min=0)
+    np.testing.assert_allclose(plain.sigma2_bar, vp.sigma2_bar**2, rtol=1e-9)
+    for sigma_min in (-0.1, 1, np.nan):
+        with pytest.raises(ValueError, match="sigma_min must be at least 0 and below 1"):
+            NoiseSchedule.sub_variance_preserving(T, sigma_min=sigma_min)
+    with pytest.raises(ValueError, match="too small"):
+        NoiseSchedule.sub_variance_preserving(20)
+
+
+@property_test
+@given(schedules(variance_preserving=True))
+def test_L02_every_step_of_a_sub_variance_preserving_process_adds_noise(vp):
+    """With u = 1 - alpha_bar_{t-1}, (1 - alpha_bar_t)^2 - alpha_t u^2 is beta_t [beta_t + alpha_t u (2 - u)] > 0."""
+    u = vp.sigma2_bar[:-1]
+    expected = vp.beta[1:] * (vp.beta[1:] + vp.alpha[1:] * u * (2 - u))
+    schedule = NoiseSchedule.from_marginals(vp.lam_bar[1:], vp.sigma2_bar[1:]**2)
+    np.testing.assert_allclose(schedule.sigma2[1:], expected, rtol=1e-9, atol=1e-15)
+    assert abs(vp.beta[2:] * (vp.beta[2:] + vp.alpha[2:] * u[1:]) / expected[1:] - 1).max() > 0.01   # control
+
+
 def test_tables_are_float64_and_read_only():
     schedule = NoiseSchedule([0.9, np.float32(0.8)], [0.1, 0.2])
-    for table in (schedule.lam, schedule.sigma2, schedule.lam_bar, schedule.sigma2_bar, schedule.snr):
+    for table in (schedule.lam, schedule.sigma2, schedule.lam_bar, schedule.sigma2_bar, schedule.snr,
+                  schedule.marginal_var):
         assert table.dtype == np.float64 and table.shape == (3,)
         with pytest.raises(ValueError):
             table[1] = 0
@@ -163,13 +256,23 @@ def test_tables_are_float64_and_read_only():
 def test_bad_tables(lam, sigma2, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule(lam, sigma2)
+    with pytest.raises(ValueError, match=message.replace("lam", "lam_bar").replace("sigma2", "sigma2_bar")):
+        NoiseSchedule.from_marginals(lam, sigma2)
+
+
+def test_a_signal_that_fades_or_grows_beyond_all_numbers_is_refused():
+    for lam in (1e-3, 1e3):
+        NoiseSchedule(np.full(50, lam), np.ones(50))
+        with pytest.raises(ValueError, match="leaves the range of floats"), np.errstate(over="ignore"):
+            NoiseSchedule(np.full(200, lam), np.ones(200))
 
 
 def test_bad_constructor_arguments():
     for betas in ([0.1, 0.0], [1.0], [-0.1], [np.nan]):
         with pytest.raises(ValueError, match="betas"):
             NoiseSchedule.from_betas(betas)
-    for constructor in (NoiseSchedule.linear, NoiseSchedule.cosine):
+    for constructor in (NoiseSchedule.linear, NoiseSchedule.cosine, NoiseSchedule.variance_exploding,
+                        NoiseSchedule.sub_variance_preserving):
         for T in (0, -3, 2.5):
             with pytest.raises(ValueError, match="T must be an integer"):
                 constructor(T)
@@ -178,10 +281,10 @@ def test_bad_constructor_arguments():
 
 
 def test_variance_preserving_views_only_where_they_exist():
-    schedule = general_schedule()
-    for name in ("beta", "alpha", "alpha_bar"):
-        with pytest.raises(AttributeError, match=f"{name} is defined for variance-preserving"):
-            getattr(schedule, name)
+    for schedule in (general_schedule(), NoiseSchedule.variance_exploding(), NoiseSchedule.sub_variance_preserving()):
+        for name in ("beta", "alpha", "alpha_bar"):
+            with pytest.raises(AttributeError, match=f"{name} is defined for variance-preserving"):
+                getattr(schedule, name)
 
 
 def test_bad_times():

@@ -360,10 +360,11 @@ def test_no_worker_outlives_its_killed_parent(tmp_path):
 # ---- a whole run
 
 @needs_fork
-def test_a_run_leaves_what_it_promises(tmp_path):
+@pytest.mark.parametrize("schedule", ["cosine", "variance-exploding"])
+def test_a_run_leaves_what_it_promises(schedule, tmp_path):
     run = tmp_path / "run"
     status, out, err = command(tmp_path, *TINY, *"--steps 3 --T 8 --samples 4 --workers 2 --log-every 2".split(),
-                               "--out", run)
+                               "--schedule", schedule, "--out", run)
     assert status == 0, err
     assert {path.name for path in run.iterdir()} == {
         CONFIG, CHECKPOINT, PREVIOUS, "metrics.jsonl", ".lock",
@@ -413,6 +414,7 @@ def refused(capsys, main, *argv):
     ("--model ddpm --objective kl", "--objective of model ddpm must be one of simple, vlb, got 'kl'"),
     ("--schedule cubic", "invalid choice: 'cubic'"),
     ("--schedule linear", "T=20 is too small for a linear schedule"),
+    ("--schedule sub-vp", "T=20 is too small for a linear schedule"),
     ("--channel-mults 1,1,1,1,1", "images of 8x8 can't be halved 4 times; use fewer levels"),
     ("--attention-levels 2", "--attention-levels must be among the levels 0 to 1"),
     ("--groups 3", "--groups must be a divisor of the width of every level"),
