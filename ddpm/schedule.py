@@ -159,8 +159,8 @@ class NoiseSchedule:
     def between(self, s, t):
         """(lam_ts, sigma2_ts) of x_t | x_s = N(lam_ts x_s, sigma2_ts), 0 <= s <= t <= T (L02).
 
-        The variance is lam_bar_t^2 (R_t - R_s) with R = sigma2_bar/lam_bar^2, a sum of the steps between, which keeps
-        its digits where sigma2_bar_t - lam_ts^2 sigma2_bar_s would cancel.
+        The variance is lam_bar_t^2 (R_t - R_s), R = sigma2_bar/lam_bar^2 being the noise-to-signal ratio, which grows
+        with every step; for a single step it is the schedule's own sigma2.
         """
         s, t = self._check_time(s, 0, "s"), self._check_time(t, 0, "t")
         if np.any(s > t):
