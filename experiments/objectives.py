@@ -11,7 +11,6 @@ measured again; flags of ddpm.train that are given too go to the training.
 """
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from ddpm.points import fit_points, recovery
 from ddpm.randomness import generator
 from ddpm.runs import RunFolder, write_atomically
 from ddpm.schedule import NoiseSchedule
+from experiments.tables import markdown_table, write_csv, write_text
 from nn.backend import keep_freed_memory
 
 MAIN = (("ddpm", "simple"), ("iddpm", "hybrid"), ("gddm", "balanced"))
@@ -118,20 +118,9 @@ def mixture_errors(objective, seed):
 def write(rows, pictures, out):
     """The table as CSV and Markdown (means over seeds, with their spread), and a row of samples per case."""
     out.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def as_csv(file):
-        import io
-        text = io.StringIO()
-        table = csv.DictWriter(text, columns, restval="")
-        table.writeheader()
-        table.writerows(rows)
-        file.write(text.getvalue().encode())
-
-    write_atomically(out / "objectives.csv", as_csv)
+    write_csv(out / "objectives.csv", rows)
     shown = ("bits_per_dim", "decoder", "steps", "frechet", "mixture_mean_error", "mixture_variance_error")
-    lines = ["| model | objective | " + " | ".join(shown).replace("_", " ") + " | seeds |",
-             "|---" * (len(shown) + 3) + "|"]
+    lines = []
     for model, objective in pictures:
         mine = [row for row in rows if (row["model"], row["objective"]) == (model, objective)]
         cells = []
@@ -139,8 +128,9 @@ def write(rows, pictures, out):
             values = np.array([row[name] for row in mine if name in row])
             spread = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.3f}{spread}" if len(values) else "")
-        lines.append(f"| {model} | {objective} | " + " | ".join(cells) + f" | {len(mine)} |")
-    write_atomically(out / "objectives.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+        lines.append([model, objective, *cells, str(len(mine))])
+    header = ["model", "objective", *(name.replace("_", " ") for name in shown), "seeds"]
+    write_text(out / "objectives.md", markdown_table(header, lines) + "\n")
     fig, axes = plots.figure(len(pictures), 1, figsize=(9, 0.75 * len(pictures)), squeeze=False)
     for ax, ((model, objective), images) in zip(axes[:, 0], pictures.items(), strict=True):
         ax.imshow(plots.tile(images, columns=16))

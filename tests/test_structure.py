@@ -15,7 +15,8 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 DERIVATIONS = {f"ddpm.{name}" for name in
-               "schedule posterior gaussian parameterization elbo gddm iddpm ddpm mixture gaps tweedie".split()}
+               """schedule posterior gaussian parameterization elbo rao_blackwell gddm iddpm ddpm mixture gaps
+               tweedie""".split()}
 UPPER_FLOORS = {f"ddpm.{name}" for name in """
     denoiser empirical points samplers models training train sample generate evaluate likelihood commands runs data
     config parallel plots metrics report""".split()}
