@@ -1,8 +1,8 @@
 """Diffusion models derived by hand: schedules, bounds, losses, samplers and the commands that use them.
 
-    derivations   schedule posterior gaussian parameterization elbo ddpm iddpm gddm
-    exact worlds  mixture gaps
-    methods       denoiser models likelihood samplers generate training
+    derivations   schedule posterior gaussian parameterization elbo rao_blackwell tweedie covariance ddpm iddpm gddm
+    exact worlds  mixture gaps empirical sde flow
+    methods       denoiser models likelihood samplers generate training points metrics
     commands      train sample evaluate report
 """
 

@@ -11,8 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LECTURES = ROOT / "lectures"
-REQUIRED = {f"L{i:02d}" for i in range(1, 14)} | {f"G{i:02d}" for i in range(1, 9)} | {"G12", "C04", "C05"}
-REQUIRED |= {"U01", "U02", "U03"} | {f"E{i:02d}" for i in (1, *range(6, 14), 31)}
+EQUATIONS_SO_FAR = {f"{source}{i:02d}" for source, last in (("L", 22), ("G", 8), ("C", 12), ("U", 4))
+                    for i in range(1, last + 1)} | {"G12"}
+MISPRINTS_SO_FAR = {f"E{i:02d}" for i in (*range(1, 15), *range(18, 24), *range(29, 33))}
+TO_COME = ("07", "08", "09", "10", "11")
+"""Lectures that are not written yet; whatever belongs to another one is derived in it."""
 
 
 def rows(markdown, columns):
@@ -90,7 +93,7 @@ def test_every_id_has_one_row_in_order():
         assert len(named) == len(set(named))
     order = [row["id"] for row in INDEX]
     assert order == sorted(order, key=lambda i: ("LGCUE".index(i[0]), i))
-    assert REQUIRED - set(order) == set()
+    assert (EQUATIONS_SO_FAR | MISPRINTS_SO_FAR) - set(order) == set()
 
 
 @each_row
@@ -115,12 +118,16 @@ def test_tests_exist_and_carry_the_id(row):
 
 
 @each_row
-def test_the_lecture_derives_it_or_is_planned(row):
+def test_the_lecture_derives_it_or_is_to_come(row):
     links = re.findall(r"\]\(([\w.]+\.ipynb)\)", row["lecture"])
-    assert links or row["lecture"].endswith("planned"), row["lecture"]
+    assert links or row["lecture"] in {f"{number}, planned" for number in TO_COME}, row["lecture"]
     for notebook in links:
         assert (LECTURES / notebook).exists(), notebook
         assert row["id"] in ids(text_of(notebook)), f"{notebook} never says {row['id']}"
+
+
+def test_lectures_to_come_are_not_there_yet():
+    assert {path.name[:2] for path in LECTURES.glob("*.ipynb")} & set(TO_COME) == set()
 
 
 TEST_FILES = sorted(path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py"))

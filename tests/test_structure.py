@@ -16,7 +16,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 DERIVATIONS = {f"ddpm.{name}" for name in
                """schedule posterior gaussian parameterization elbo rao_blackwell gddm iddpm ddpm mixture gaps
-               tweedie""".split()}
+               tweedie sde flow""".split()}
 UPPER_FLOORS = {f"ddpm.{name}" for name in """
     denoiser empirical points samplers models training train sample generate evaluate likelihood commands runs data
     config parallel plots metrics report""".split()}
