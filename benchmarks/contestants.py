@@ -5,15 +5,16 @@ average of the parameters. A sampling step is the network's forward without grad
 few operations on one image-sized array. All contestants see the same weights, images, times and targets, which
 `Problem` draws from a fixed seed; no weight is left at zero, so nothing in the network is switched off.
 
-Each contestant is a process that obeys commands on its standard input and sleeps in between (`serve`).
+Each contestant is a process that obeys commands on its standard input and sleeps in between (benchmarks/serving.py).
 """
 
 import dataclasses
 import json
 import sys
-import time
 
 import numpy as np
+
+from benchmarks.serving import answer, micro_batches, serve, serve_group
 
 LEARNING_RATE, CLIP, EMA_DECAY = 2e-4, 1.0, 0.999
 
@@ -155,53 +156,6 @@ def pytorch(problem, layout, threads):
         np.savez(path, output=output.detach().permute(0, 2, 3, 1).numpy(), **gradients(net))
 
     serve(dict(train=train, sample=sample, check=check))
-
-
-def micro_batches(group, batch, size):
-    """Slices of the batch that this rank works on, one after the other."""
-    mine = group.shard(batch)
-    return [slice(start, min(start + size, mine.stop)) for start in range(mine.start, mine.stop, size)]
-
-
-# ---- obeying
-
-def serve(actions, receive=sys.stdin.readline, *, speak=True):
-    """Obey lines "action repetitions" and "check path" until an empty one.
-
-    The answer has each repetition's seconds, the CPU seconds of this process among them, and the last result.
-    """
-    if speak:
-        answer(ready=True)
-    while line := receive().split():
-        action, argument = actions[line[0]], line[1]
-        seconds, cpu, result = [], [], None
-        if line[0] == "check":
-            action(argument)
-        else:
-            for _ in range(int(argument)):
-                start = time.perf_counter(), time.process_time()
-                result = action()
-                cpu.append(time.process_time() - start[1])
-                seconds.append(time.perf_counter() - start[0])
-        if speak:
-            answer(seconds=seconds, cpu=cpu, result=None if result is None else float(result))
-
-
-def serve_group(group, actions):
-    """`serve` on all ranks: rank 0 reads the commands, the others sleep until they are told."""
-    def receive():
-        line = np.zeros(4096, np.uint8)
-        if group.rank == 0:
-            text = sys.stdin.readline().encode()
-            line[:len(text)] = np.frombuffer(text, np.uint8)
-        return group.broadcast(line).tobytes().rstrip(b"\0").decode()
-
-    serve(actions, receive, speak=group.rank == 0)
-
-
-def answer(**what):
-    """One line of JSON to the parent."""
-    print(json.dumps(what), flush=True)
 
 
 def main():

@@ -63,7 +63,7 @@ def _kind(module, x):
 
 def our_layers(problem, workers, micro_batch):
     """Actions layer0, layer1, ... in the order of `kinds_of(problem)`."""
-    from benchmarks.contestants import micro_batches, serve_group
+    from benchmarks.serving import micro_batches, serve_group
     from ddpm.parallel import make_group
     from nn.backend import keep_freed_memory
 
@@ -108,7 +108,7 @@ def pytorch_layers(problem, layout, threads):
     from torch import nn
 
     from benchmarks import torch_unet
-    from benchmarks.contestants import serve
+    from benchmarks.serving import serve
 
     yield "imported"
     torch.set_num_threads(threads)

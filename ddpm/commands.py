@@ -1,22 +1,16 @@
-"""How every command talks: its parser, and errors that are one sentence on stderr with exit status 2.
+"""How every command talks: its parser, its progress bar, and errors as one sentence on stderr with exit status 2.
 
 What a person can put right (a wrong value, a missing file, a full disk) ends as `error: ...`, never as a traceback.
 DDPM_DEBUG=1 in the environment brings the traceback back, for finding the bug behind a sentence that makes no sense.
 """
 
 import argparse
-import contextlib
-import errno
 import os
 import sys
 import traceback
 import warnings
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class UserError(Exception):
-    """Something the person at the keyboard can put right; the message is one sentence that says how."""
+from ddpm.errors import UserError, sentence
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -83,31 +77,6 @@ def run_command(main):
         print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status or 0)
-
-
-@contextlib.contextmanager
-def one_sentence(what, path, remedy):
-    """Turn an OSError within the block into a UserError that names `what` and `path` and says what to do."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{what} {path or ''}".strip()
-        if error.errno in DISK_FULL:
-            raise UserError(f"the disk is full: {what} could not be written (what was there before is intact); "
-                            f"free some space, then {remedy}") from None
-        raise UserError(f"{what} cannot be written ({error.strerror or error}); {remedy}") from None
-
-
-def sentence(error):
-    """What an exception says, on one line: an OSError as "cannot use FILE: reason", a full disk with what to do."""
-    if isinstance(error, OSError) and error.strerror:
-        place = f" {error.filename}" if error.filename else ""
-        if error.errno in DISK_FULL:
-            return f"no space left to write{place}; free some space and run the command again"
-        return f"cannot use{place or ' a file'}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return "out of memory; use a smaller --micro-batch, --batch-size or network"
-    return " ".join(str(error).split()) or f"{type(error).__name__} (DDPM_DEBUG=1 shows where)"
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):

@@ -7,7 +7,8 @@ standard error over images; the curve over t is written to RUN/bits.png.
 import json
 import math
 
-from ddpm.commands import CommandParser, UserError, add_model_flags, open_run, run_command
+from ddpm.commands import CommandParser, add_model_flags, open_run, run_command
+from ddpm.errors import UserError
 
 
 def parser():

@@ -20,8 +20,8 @@ import warnings
 import weakref
 from pathlib import Path
 
-from ddpm.commands import UserError, one_sentence, sentence
 from ddpm.config import TrainConfig, flag
+from ddpm.errors import UserError, one_sentence, sentence
 from nn import checkpoint
 from nn.checkpoint import TEMPORARY
 

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm import data, plots
-from ddpm.commands import UserError, run_command
+from ddpm.commands import run_command
 from ddpm.denoiser import Denoiser
+from ddpm.errors import UserError
 from ddpm.gddm import noise_to_data
 from ddpm.likelihood import reverse_model
 from ddpm.mixture import GaussianMixture

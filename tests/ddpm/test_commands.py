@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.commands import UserError, one_sentence, run_command
+from ddpm.commands import run_command
+from ddpm.errors import UserError, one_sentence
 
 ROOT = Path(__file__).parents[2]
 
