@@ -9,13 +9,9 @@ from ddpm import tweedie
 from ddpm.denoiser import Denoiser
 from ddpm.mixture import GaussianMixture
 from ddpm.parameterization import eps_from_score, x0_from_eps
-from ddpm.schedule import NoiseSchedule
 from nn.backend import array_module, to_host
+from tests.ddpm.test_mixture import GENERAL, LINEAR, TIMES
 from tests.helpers import general_schedule, mixtures, property_test, schedules, zscore
-
-LINEAR = NoiseSchedule.linear(1000)
-GENERAL = NoiseSchedule(np.linspace(1.05, 0.8, 1000)**0.02, np.geomspace(1e-5, 0.02, 1000))
-TIMES = [1, 10, 100, 300, 700, 1000]
 
 
 def points_in_space():
