@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddpm import ddpm, gaussian
 from ddpm.schedule import NoiseSchedule
 from nn.backend import to_host
+from tests.helpers import property_test, schedules
 
 BIN = 2 / 255
 SCHEDULES = {
@@ -95,6 +98,29 @@ def test_L22_losses_in_noise_and_in_image_are_equal_after_weighting(kind, s, t, 
     in_noise = ddpm.step_weight(s, t, schedule) * posterior.var / (2 * W) * (eps - eps_hat)**2
     np.testing.assert_allclose(in_noise, in_x0, rtol=1e-9)
     assert ddpm.step_weight(s, t, schedule) == pytest.approx(schedule.snr[s] / schedule.snr[t] - 1, rel=1e-9)
+
+
+@property_test
+@given(schedules(), st.data(), st.sampled_from(["small", "large"]))
+def test_L13_L22_C04_a_steps_loss_holds_for_any_schedule(schedule, data, kind):
+    """The KL of two steps, through the image and through the noise; and small < large wherever the noise grows."""
+    t = data.draw(st.integers(2, schedule.T))
+    s = data.draw(st.integers(1, t - 1))
+    posterior, W = schedule.posterior(s, t), ddpm.fixed_variance(kind, s, t, schedule)
+    rho, k = W / posterior.var, ddpm.step_weight(s, t, schedule)
+    assert rho == pytest.approx({"small": 1, "large": schedule.sigma2_bar[t] / schedule.sigma2_bar[s]}[kind], rel=1e-9)
+    assert (posterior.var < schedule.between(s, t)[1]) == (schedule.sigma2_bar[s] < schedule.sigma2_bar[t])
+    assert k == pytest.approx(schedule.snr[s] / schedule.snr[t] - 1, rel=1e-6)
+    eps, eps_hat, x_t = np.random.default_rng(t).standard_normal((3, 2, 4))
+    x0, x0_hat = ((x_t - np.sqrt(schedule.sigma2_bar[t]) * e) / schedule.lam_bar[t] for e in (eps, eps_hat))
+    in_noise = 0.5 * (np.log(rho) + 1 / rho - 1 + k * (eps - eps_hat)**2 / rho)
+    in_image = 0.5 * (np.log(rho) + 1 / rho - 1 + posterior.a**2 * (x0 - x0_hat)**2 / W)
+    np.testing.assert_allclose(in_noise, in_image, rtol=1e-8, atol=1e-12)
+    means = posterior.mean(x0, x_t), posterior.mean(x0_hat, x_t)
+    lost = 1e-13 * (np.abs(means[0]) + np.abs(means[1]))**2 / posterior.var     # digits of a difference of means
+    kl = gaussian.kl(means[0], posterior.var, means[1], W)
+    assert (np.abs(in_image - kl) <= 1e-9 * kl + lost + 1e-14).all()
+    assert np.abs(0.5 * k * (eps - eps_hat)**2 * rho - 0.5 * k * (eps - eps_hat)**2 / rho).max() > 0 or kind == "small"
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])

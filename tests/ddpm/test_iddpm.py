@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddpm import ddpm, gaussian, iddpm
 from ddpm.randomness import SampleStreams
 from ddpm.schedule import NoiseSchedule
 from tests.ddpm.test_ddpm import BIN, SCHEDULES, batch, numeric_gradient, relative_error, run_on
+from tests.helpers import property_test, schedules
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -21,6 +24,18 @@ def test_C05_log_variance_interpolates(s, t, schedule):
     expected = [small, large, np.sqrt(small * large), large**2 / small]      # v is not squashed: it may extrapolate
     np.testing.assert_allclose(np.exp(iddpm.reverse_log_variance(v, s, t, schedule))[0], expected, rtol=1e-9)
     assert small != pytest.approx(large, rel=1e-3)
+
+
+@property_test
+@given(schedules(), st.data(), st.floats(-3, 3))
+def test_C05_the_variance_is_a_weighted_geometric_mean_for_any_schedule(schedule, data, v):
+    t = data.draw(st.integers(2, schedule.T))
+    s = data.draw(st.integers(1, t - 1))
+    large, small, w = schedule.between(s, t)[1], schedule.posterior(s, t).var, (v + 1) / 2
+    found = np.exp(iddpm.reverse_log_variance(np.array([[v]]), s, t, schedule)).item()
+    assert found == pytest.approx(large**w * small**(1 - w), rel=1e-9)
+    arithmetic = w * large + (1 - w) * small                            # control: it isn't that mean
+    assert abs(v) == 1 or abs(large / small - 1) < 1e-3 or found != pytest.approx(arithmetic, rel=1e-9)
 
 
 def test_C05_lower_end_at_the_last_step(schedule):
