@@ -2,7 +2,7 @@
 
     derivations   schedule posterior gaussian parameterization elbo rao_blackwell tweedie covariance ddpm iddpm gddm
     exact worlds  mixture gaps empirical sde flow
-    methods       denoiser models likelihood samplers generate training points metrics
+    methods       denoiser models guidance likelihood samplers generate training points metrics
     commands      train sample evaluate report
 """
 

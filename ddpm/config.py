@@ -41,6 +41,8 @@ class TrainConfig:
     schedule: str = setting("linear", "model", "how the noise grows: linear step variances, or cosine; "
                             "variance-exploding adds it to an image that is not faded; sub-vp fades as linear, with "
                             "less noise", choices=("linear", "cosine", "variance-exploding", "sub-vp"))
+    conditional: bool = setting(False, "model", "tell the network the labels of the data, so that images of one class "
+                                "can be asked for; bits/dim stay those of images without a label")
 
     data: str = setting("mnist5k", "data", "mnist5k and digits need no download; mnist, fashion-mnist, cifar10 and "
                         "svhn are looked for and else downloaded; folder:PATH takes PNG and JPEG files of one size")
@@ -59,6 +61,8 @@ class TrainConfig:
     clip: float = setting(1.0, "training", "largest norm of the gradient; 0 leaves it as it is")
     weight_decay: float = setting(0.0, "training", "decoupled weight decay")
     dropout: float = setting(0.0, "training", "share of features dropped in each residual block")
+    label_dropout: float = setting(0.1, "training", "with --conditional, share of images whose label is left out: the "
+                                   "network learns both predictions that guidance needs")
     seed: int = setting(0, "training", "all randomness is a function of seed, step and image")
 
     base_channels: int = setting(32, "network", "width of the U-Net at full resolution")
@@ -87,6 +91,7 @@ class TrainConfig:
         for name in ("ema", "dropout"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._check("lr", self.lr > 0, "above 0")
+        self._check("label_dropout", 0 < self.label_dropout < 1, "above 0 and below 1 (guidance needs both)")
         self._check("objective", self.objective, "a name")
         self._check("data", self.data, "the name of a data set")
         self._check_network()
@@ -169,7 +174,8 @@ def add_flags(parser):
         default = "" if f.default is None else f" (default: {_text(f.default)})"
         metavar = None if choices else {int: "N", float: "X", Ints: "N,N"}.get(f.type, "NAME")
         parse = {int: int, float: float, Ints: _ints}.get(f.type, str)
-        group.add_argument(flag(f.name), type=parse, choices=choices, metavar=metavar, default=argparse.SUPPRESS,
+        kind = {"action": "store_true"} if f.type is bool else {"type": parse, "choices": choices, "metavar": metavar}
+        group.add_argument(flag(f.name), **kind, default=argparse.SUPPRESS,
                            help=(f.metadata["help"] + default).replace("%", "%%"))
     if parser.epilog is None:
         parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
@@ -196,6 +202,8 @@ def _ints(text):
 
 def _text(value):
     """A value as one would type it behind its flag."""
+    if isinstance(value, bool):                             # a flag that stands alone
+        return "on" if value else "off"
     return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
@@ -205,6 +213,8 @@ def _typed(f, value):
     choices = f.metadata["choices"]
     if f.type is int:
         fits, wish = whole, "an integer"
+    elif f.type is bool:
+        fits, wish = isinstance(value, bool), "true or false"
     elif f.type is float:
         fits, wish = (whole or isinstance(value, float)) and math.isfinite(value), "a finite number"
         value = float(value) if fits else value

@@ -20,8 +20,9 @@ left is a squared error of the mean (L12):
     E_{x_s} log p(x_s | x_t) = log N(a x_0 + b x_t; mean, var) - post_var/(2 var)                                 (L11)
                              = -(a x_0 + b x_t - mean)^2/(2 var) + const          [minus: the printed plus is E01]
 
-Here a model is a function `reverse(x_t, s, t) -> (mean, var)`, mean shaped as x_t, var a float or broadcastable to it.
-Elementwise functions keep the dtype; sums over an example are float64.
+Here a model is a function `reverse(x_t, s, t) -> (mean, var)`, mean shaped as x_t, var a float or broadcastable to it,
+or a full covariance (N, D, D) (see `ddpm.covariance.shapes`). Elementwise functions keep the dtype; sums over an
+example are float64, and so is what a full covariance gives: (N,), for it isn't a sum over coordinates.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm import gaussian
+from ddpm.covariance import shapes
 from ddpm.randomness import normal_like
 from nn.backend import array_module, per_example
 
@@ -49,7 +51,7 @@ class Bound(NamedTuple):
         return self.prior + self.steps.sum(axis=0) + self.decoder
 
 
-# ---- the terms, elementwise, nats
+# ---- the terms, nats: elementwise, or (N,) where var is a full covariance
 
 def prior_kl(x0, schedule, t=None, prior_var=None):
     """KL( q(x_t | x_0) || N(0, prior_var) ) at the last time, t = T unless given, shaped as x0 (L04, L06).
@@ -69,6 +71,8 @@ def step_kl(x0, x_t, mean, var, s, t, schedule):
     if np.any(np.asarray(s) == 0):
         raise ValueError("s must be at least 1: at s = 0 the KL is infinite, and the term of the bound is decoder_nats")
     posterior = schedule.posterior(s, t)
+    if shapes.is_full(var, x_t):
+        return shapes.kl(posterior.mean(x0, x_t), posterior.var, mean, var)
     return gaussian.kl(posterior.mean(x0, x_t), per_example(posterior.var, x_t), mean, var)
 
 
@@ -78,14 +82,20 @@ def expected_log_reverse(x0, x_t, mean, var, s, t, schedule):
     For any 0 <= s < t; at s = 0 it is the decoder of a density, log N(x_0; mean, var).
     """
     posterior = schedule.posterior(s, t)
+    if shapes.is_full(var, x_t):
+        return -shapes.cross_entropy(posterior.mean(x0, x_t), posterior.var, mean, var)
     return -gaussian.cross_entropy(posterior.mean(x0, x_t), per_example(posterior.var, x_t), mean, var)
 
 
 def decoder_nats(x0, mean, var, bin_width=2 / 255):
-    """-log p(x_0 | x_t), shaped as x0: of the bin of x_0, or with bin_width=None of the density N(mean, var) at x_0."""
+    """-log p(x_0 | x_t), shaped as x0: of the bin of x_0, or with bin_width=None of the density N(mean, var) at x_0.
+
+    The mass of a bin under a full covariance has no closed form: bins are given the product of their coordinates' own
+    masses, by the diagonal alone, which is a law of the levels like another.
+    """
     if bin_width is None:
-        return -gaussian.log_normal(x0, mean, var)
-    return -gaussian.discretized_log_likelihood(x0, mean, var, bin_width)
+        return -_log_normal(x0, mean, var)
+    return -gaussian.discretized_log_likelihood(x0, mean, shapes.diagonal(var, x0), bin_width)
 
 
 # ---- the same by drawing x_s: what Rao-Blackwellization improves on (L09)
@@ -101,12 +111,12 @@ def sampled_step(x0, x_t, mean, var, s, t, schedule, rng):
     posterior = schedule.posterior(s, t)
     x_s = sample_posterior(x0, x_t, s, t, schedule, rng)
     log_q = gaussian.log_normal(x_s, posterior.mean(x0, x_t), per_example(posterior.var, x_t))
-    return gaussian.log_normal(x_s, mean, var) - log_q
+    return _log_normal(x_s, mean, var) - (_sum(log_q) if shapes.is_full(var, x_t) else log_q)
 
 
 def sampled_log_reverse(x0, x_t, mean, var, s, t, schedule, rng):
     """log N(x_s; mean, var) at one drawn x_s, shaped as x_t; its mean is expected_log_reverse (L09)."""
-    return gaussian.log_normal(sample_posterior(x0, x_t, s, t, schedule, rng), mean, var)
+    return _log_normal(sample_posterior(x0, x_t, s, t, schedule, rng), mean, var)
 
 
 # ---- the bound
@@ -168,14 +178,23 @@ def sampled_bound(x0, reverse, schedule, rng, timesteps=None, *, prior_var=None)
     for t in reversed(times):
         lam_ts, sigma2_ts = schedule.between(s, t)
         x_t = lam_ts * x_s + sigma2_ts**0.5 * normal_like(x0, rng)
-        log_p = gaussian.log_normal(x_s, *reverse(x_t, s, t))
-        value = value + _sum(log_p - gaussian.log_normal(x_t, lam_ts * x_s, sigma2_ts))
+        log_q = gaussian.log_normal(x_t, lam_ts * x_s, sigma2_ts)
+        mean, var = reverse(x_t, s, t)
+        log_p = _log_normal(x_s, mean, var)
+        value = value + (_sum(log_p) - _sum(log_q) if shapes.is_full(var, x_t) else _sum(log_p - log_q))
         x_s, s = x_t, t
     return value + _sum(gaussian.log_normal(x_s, 0.0, _prior_var(prior_var, x_s, s, schedule)))
 
 
 def _prior_var(prior_var, x_t, t, schedule):
     return per_example(schedule.marginal_var[t], x_t) if prior_var is None else prior_var
+
+
+def _log_normal(x, mean, var):
+    """log N(x; mean, var): elementwise, or (N,) for a full covariance."""
+    if shapes.is_full(var, x):
+        return -shapes.cross_entropy(x, 0.0, mean, var)
+    return gaussian.log_normal(x, mean, var)
 
 
 def _pair_nats(x0, s, t, reverse, schedule, rng, bin_width):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ddpm.guidance import Guided
 from ddpm.models import network_input
 from ddpm.randomness import SampleStreams
 from ddpm.samplers import ddpm as ancestral
@@ -9,10 +10,11 @@ from nn.backend import array_module, to_host
 
 
 def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance, seed=0, chunk=16, clip=(-1, 1),
-                progress=None):
+                progress=None, labels=None, guidance_scale=1.0):
     """`num` images in [-1, 1], float32 on the host, (num, H, W, C), by ancestral sampling in `steps` steps (L05, C15).
 
-    Image i is a function of (seed, i): of neither the number of images, nor the chunks, nor the processes.
+    Image i is a function of (seed, i): of neither the number of images, nor the chunks, nor the processes. With
+    `labels` (num,), on the host, it is also one of labels[i] and the scale: the noise is that of any other label (C20).
     """
     images = group.shared_array((num, *image_shape))
     timesteps = schedule.timesteps(steps)
@@ -27,7 +29,8 @@ def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance,
                 if progress and group.rank == 0:
                     progress(passes)
 
-            images[part.start:part.stop] = _draw(denoiser, schedule, image_shape, part, timesteps, variance, seed, clip,
+            model = _labelled(denoiser, labels, part, guidance_scale)
+            images[part.start:part.stop] = _draw(model, schedule, image_shape, part, timesteps, variance, seed, clip,
                                                  array_module(images), tick)
         group.barrier()
 
@@ -35,7 +38,8 @@ def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance,
     return np.clip(to_host(images), *clip)
 
 
-def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0, show=8, clip=(-1, 1), xp=np):
+def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0, show=8, clip=(-1, 1), xp=np,
+               labels=None, guidance_scale=1.0):
     """What a model with a variance thinks on the way to its first `num` images, at `show` times from T to 1 (G10).
 
     Returns (times, x_t, mean_x0, std_x0): a list of ints and three host arrays (show, num, H, W, C). x_t is scaled as
@@ -51,9 +55,15 @@ def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0,
             x_t = network_input(step.x_t, step.t, schedule)
             seen.append((step.t, *(to_host(a) for a in (x_t, step.prediction.x0, std))))
 
-    _draw(denoiser, schedule, image_shape, range(num), timesteps, variance, seed, clip, xp, remember)
+    model = _labelled(denoiser, labels, range(num), guidance_scale)
+    _draw(model, schedule, image_shape, range(num), timesteps, variance, seed, clip, xp, remember)
     times, *arrays = zip(*seen, strict=True)
     return list(times), *(np.stack(a) for a in arrays)
+
+
+def _labelled(denoiser, labels, samples, scale):
+    """The denoiser of these samples: itself, or guided to the label of each."""
+    return denoiser if labels is None else Guided(denoiser, labels[samples.start:samples.stop], scale)
 
 
 def _draw(denoiser, schedule, image_shape, samples, timesteps, variance, seed, clip, xp, callback):

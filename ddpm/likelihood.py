@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm import elbo
+from ddpm.covariance import shapes
+from ddpm.covariance.methods import as_reverse_covariance
 from ddpm.ddpm import fixed_variance
 from ddpm.metrics import bits_per_dim
 from ddpm.randomness import SampleStreams
-from ddpm.samplers.ancestral import clip_x0, learned_variance
+from ddpm.samplers.ancestral import clip_x0
 from nn.backend import array_module, per_example, to_host
 
 
@@ -56,30 +58,46 @@ def time_strata(T, strata):
     return edges
 
 
-def reverse_model(denoiser, schedule, variance, clip=None):
-    """The reverse step of a denoiser as a function (x_t, s, t) -> (mean, var), for `ddpm.elbo` (L13, G03, C04, C05).
+def reverse_model(denoiser, schedule, variance, clip=None, decoder="model"):
+    """The reverse step of a denoiser as a function (x_t, s, t) -> (mean, var), for `ddpm.elbo` (L13, G03, C04-C12).
 
-    `variance` is "large", "small" or "learned"; `clip` (lo, hi) clamps the predicted x_0.
+    Parameters
+    ----------
+    variance : str or ReverseCovariance
+        As for `ddpm.samplers.ddpm`; var is shaped as x_t, or (N, D, D) for a full covariance.
+    clip : (lo, hi) or None
+        Clamp the predicted x_0.
+    decoder : "model" or "small"
+        The variance at s = 0: the model's own there, which is Cov[x_0 | x_t] for all but the fixed ones, or for any
+        model the posterior's of the step 2 -> 1, with which models of different variances are often compared.
     """
+    covariance = as_reverse_covariance(variance)
+    if decoder not in ("model", "small"):
+        raise ValueError(f'decoder must be "model" or "small", not {decoder!r}')
+
     def reverse(x_t, s, t):
-        prediction = denoiser.predict(x_t, t)
+        raw = prediction = denoiser.predict(x_t, t)
         if clip is not None:
-            prediction = clip_x0(prediction, x_t, t, schedule, clip)
+            prediction = clip_x0(raw, x_t, t, schedule, clip)
         mean = schedule.posterior(s, t).mean(prediction.x0, x_t)
-        if variance == "learned":
-            return mean, learned_variance(prediction, x_t, s, t, schedule)
-        var = fixed_variance(variance, s, t, schedule)
-        return mean, array_module(x_t).ones_like(x_t) * per_example(var, x_t)
+        if decoder == "small" and np.all(np.asarray(s) == 0):
+            var = per_example(fixed_variance("small", s, t, schedule), x_t)
+        else:
+            var = covariance(denoiser, raw, x_t, s, t, schedule)
+        shaped = shapes.is_full(var, x_t) or getattr(var, "shape", None) == x_t.shape
+        return mean, var if shaped else array_module(x_t).ones_like(x_t) * var
     return reverse
 
 
-def image_bits(denoiser, schedule, x0, *, variance, bin_width, strata=64, seed=0, first=0, clip=(-1, 1)):
+def image_bits(denoiser, schedule, x0, *, variance, bin_width, strata=64, seed=0, first=0, clip=(-1, 1),
+               decoder="model"):
     """Bits/dim of images under a model, term by term (L06, L07, L09).
 
     Parameters
     ----------
     x0 : array (N, H, W, C) in [-1, 1]
-    variance : "large", "small" or "learned"
+    variance, clip, decoder
+        See `reverse_model`.
     bin_width : float or None
         Distance of two neighbouring pixel levels (None: bits of a density).
     strata : int
@@ -95,7 +113,7 @@ def image_bits(denoiser, schedule, x0, *, variance, bin_width, strata=64, seed=0
     samples = np.arange(first, first + len(x0))
     streams = SampleStreams(seed, 0, samples, purpose="bits per dim", xp=array_module(x0))
     draw_time = SampleStreams(seed, 0, samples, purpose="times")
-    reverse, edges = reverse_model(denoiser, schedule, variance, clip), time_strata(schedule.T, strata)
+    reverse, edges = reverse_model(denoiser, schedule, variance, clip, decoder), time_strata(schedule.T, strata)
 
     def noisy(t):
         return schedule.add_noise(x0, t, streams.standard_normal(x0.shape, dtype=x0.dtype))

@@ -120,11 +120,13 @@ def build_network(config, channels, rng, *, num_classes=None):
 def load_denoiser(run, device="cpu"):
     """The trained model in a run folder, with averaged weights: (NetworkDenoiser, metadata of its checkpoint).
 
-    The metadata say what the model was trained on: `image_shape` (H, W, C), `levels`, `step`. UserError, in one
-    sentence, where the checkpoint is missing, cut off or of another configuration.
+    The metadata say what the model was trained on: `image_shape` (H, W, C), `levels`, `step`, and for a conditional run
+    `label_names`. UserError, in one sentence, where the checkpoint is missing, cut off or of another configuration.
     """
     arrays, metadata = run.load_checkpoint()
-    network = build_network(run.config, metadata["image_shape"][2], generator(run.config.seed, "weights"))
+    num_classes = len(metadata["label_names"]) if run.config.conditional else None
+    network = build_network(run.config, metadata["image_shape"][2], generator(run.config.seed, "weights"),
+                            num_classes=num_classes)
     network.load({name.removeprefix("ema/"): a for name, a in arrays.items() if name.startswith("ema/")})
     config = run.config
     return NetworkDenoiser(network.to(device), config.model, build_schedule(config), config.network_predicts), metadata
@@ -163,7 +165,8 @@ class NetworkDenoiser(Denoiser):
     Parameters
     ----------
     network : UNet or MLP
-        Called as network(network_input(x_t, t, schedule), t); channels of x_t last.
+        Called as network(network_input(x_t, t, schedule), t), with labels as a third argument where there are any;
+        channels of x_t last.
     model : "ddpm", "iddpm" or "gddm"
     schedule : NoiseSchedule
     prediction : "eps" or "v"
@@ -174,10 +177,14 @@ class NetworkDenoiser(Denoiser):
         super().__init__(schedule)
         self.network, self.model, self.prediction = network.eval(), model, prediction
 
-    def predict(self, x_t, t):
-        """Prediction for x_t at time t, an int or (N,) host integers; var_x0 for gddm, v for iddpm."""
+    def predict(self, x_t, t, labels=None):
+        """Prediction for x_t at time t, an int or (N,) host integers; var_x0 for gddm, v for iddpm.
+
+        `labels` (an int or (N,) host integers) are for networks that were trained with them; samplers and metrics,
+        which know of none, are given a `ddpm.guidance.Guided` (C20).
+        """
         self.evaluations += len(x_t)
-        output = noise_output(self._output(x_t, t), x_t, t, self.schedule, self.prediction)
+        output = noise_output(self._output(x_t, t, labels), x_t, t, self.schedule, self.prediction)
         eps, head = output[..., :x_t.shape[-1]], output[..., x_t.shape[-1]:]
         if self.model == "ddpm":
             return Prediction(eps=eps, x0=x0_from_eps(eps, x_t, t, self.schedule))
@@ -187,17 +194,18 @@ class NetworkDenoiser(Denoiser):
         mean_x0, var_x0 = gddm.noise_to_data(eps, var_eps, x_t, t, self.schedule)
         return Prediction(eps=eps, x0=mean_x0, var_x0=var_x0, var_eps=var_eps)
 
-    def vjp(self, x_t, t, v):
+    def vjp(self, x_t, t, v, labels=None):
         """v times the Jacobian d eps / d x_t, by one hand-written backward pass that leaves the parameters alone."""
         self.vjps += len(x_t)
-        output = self._output(x_t, t)
+        output = self._output(x_t, t, labels)
         if self.prediction == "eps":
             return self._input_gradient(output, v, t)
         of_x, of_v = (per_example(w, x_t) for w in eps_from_v_derivatives(t, self.schedule))
         return of_x * v + self._input_gradient(output, of_v * v, t)
 
-    def _output(self, x_t, t):
-        return self.network(network_input(x_t, t, self.schedule), t)
+    def _output(self, x_t, t, labels):
+        given = () if labels is None else (labels,)
+        return self.network(network_input(x_t, t, self.schedule), t, *given)
 
     def _input_gradient(self, output, d_eps, t):
         """The gradient of x_t from that of the first channels of the last `_output`."""

@@ -1,4 +1,4 @@
-"""The Bayes posterior x_s | x_t, x_0 of the noising chain: the one Gaussian that every reverse step is built on.
+"""The Gaussians x_s | x_t, x_0 that reverse steps are built on: the chain's own, and all that keep its marginals.
 
 Writing x_t | x_s = N(lam_ts x_s, sigma2_ts) and x_s | x_0 = N(lam_bar_s x_0, sigma2_bar_s), completing the square in
 x_s gives a Gaussian with precision 1/sigma2_bar_s + lam_ts^2/sigma2_ts. Multiplied out with
@@ -8,8 +8,14 @@ sigma2_bar_t = lam_ts^2 sigma2_bar_s + sigma2_ts, nothing divides by sigma2_bar_
     b   = lam_ts sigma2_bar_s / sigma2_bar_t          weight of x_t
     var = sigma2_bar_s sigma2_ts / sigma2_bar_t       (0 at s = 0: x_0 is then known)
 
-It isn't the only Gaussian that gives x_s the right law when x_0 is drawn from x_0 | x_t: `renoise` forgets x_t and
-noises x_0 anew. Every x_s by itself is as it should be, but x_s and x_t share x_0 alone, and no noise (C03).
+It isn't the only Gaussian that gives x_s its law. The noise in x_s may be fresh, or that of x_t once more, or some of
+each: with any variance 0 <= var <= sigma2_bar_s for the fresh part, and r sqrt(sigma2_bar_t) eps for the other,
+
+    x_s = lam_bar_s x_0 + r (x_t - lam_bar_t x_0) + sqrt(var) noise,       r^2 = (sigma2_bar_s - var) / sigma2_bar_t
+
+is N(lam_bar_s x_0, sigma2_bar_s) again, given x_0 (C16). So a = lam_bar_s - r lam_bar_t and b = r. The chain's own var
+gives the chain's own a and b; var = 0 is DDIM's step; and with all of the noise fresh, r = 0, x_t is forgotten and x_0
+noised anew: `renoise` (C03). The marginals are those of the chain for all of them, the joint law for the first only.
 """
 
 from typing import NamedTuple
@@ -39,6 +45,21 @@ def posterior_coefficients(lam_bar_s, sigma2_bar_s, lam_ts, sigma2_ts):
                      var=sigma2_bar_s * sigma2_ts / sigma2_bar_t)
 
 
+def marginal_preserving(s, t, schedule, var):
+    """The Posterior with variance `var` that leaves x_s | x_0 as it is, for 0 <= s < t (C16).
+
+    s and t are ints, or (N,) integer arrays on the host, and var is a float or (N,). ValueError unless s < t and
+    0 <= var <= sigma2_bar_s, which is all the noise that x_s has.
+    """
+    shape = np.shape(schedule.posterior(s, t).var)                      # checks the times
+    room, var = np.broadcast_to(schedule.sigma2_bar[s], shape), np.broadcast_to(np.asarray(var, np.float64), shape)
+    if np.any(var < 0) or np.any(var > room * (1 + 1e-12)):
+        raise ValueError(f"var must lie between 0 and sigma2_bar_s = {room}, the noise that x_s has, got {var}")
+    r = np.sqrt(np.maximum(room - var, 0) / schedule.sigma2_bar[t])
+    table = schedule.lam_bar[s] - r * schedule.lam_bar[t], r, var
+    return Posterior(*(v.copy() if shape else float(v) for v in table))
+
+
 def renoise(s, t, schedule):
     """x_s | x_0 in place of x_s | x_t, x_0: Posterior(lam_bar_s, 0, sigma2_bar_s) for 0 <= s < t (C03).
 
@@ -46,6 +67,4 @@ def renoise(s, t, schedule):
     of the chain's by lam_ts sigma2_bar_s I. So it is not the reverse step of the noising chain (E19), and its mean
     goes with its own variance, not with the chain's (E29). ValueError unless s < t.
     """
-    shape = np.shape(schedule.posterior(s, t).var)                      # checks the times
-    table = (schedule.lam_bar[s], 0.0, schedule.sigma2_bar[s])
-    return Posterior(*(np.full(shape, v) if shape else float(v) for v in table))
+    return marginal_preserving(s, t, schedule, schedule.sigma2_bar[s])

@@ -3,6 +3,8 @@
 `ddpm.train` ends with both, `ddpm.sample` and `ddpm.evaluate` make them anew with other numbers.
 """
 
+import numpy as np
+
 from ddpm import plots
 from ddpm.commands import progress_bar
 from ddpm.generate import draw_images, trajectory
@@ -10,18 +12,28 @@ from ddpm.likelihood import evaluate_bits
 from nn.backend import array_module
 
 
-def draw_samples(denoiser, image_shape, num, folder, group, *, steps, variance, seed):
-    """Draw `num` images and leave samples.png, and for a gddm uncertainty.png, in `folder`: (images, names written)."""
-    options = {"steps": steps, "variance": variance, "seed": seed}
-    with progress_bar(num * steps, "sampling", "pass") as bar:
+def draw_samples(denoiser, image_shape, num, folder, group, *, steps, variance, seed, labels=None, guidance_scale=1.0,
+                 columns=None):
+    """Draw `num` images and leave samples.png, and for a gddm uncertainty.png, in `folder`: (images, names written).
+
+    `labels` (num,) ask for one class each, with `guidance_scale` (C20); `columns` is that of the grid of samples.
+    """
+    options = {"steps": steps, "variance": variance, "seed": seed, "labels": labels, "guidance_scale": guidance_scale}
+    with progress_bar(num * steps, "sampling", "step") as bar:
         images = draw_images(denoiser, denoiser.schedule, image_shape, num, group, progress=bar.update, **options)
-    plots.save(plots.sample_grid(images), folder / "samples.png")
+    plots.save(plots.sample_grid(images, columns), folder / "samples.png")
     if denoiser.model != "gddm":
         return images, ["samples.png"]
     seen = trajectory(denoiser, denoiser.schedule, image_shape, min(2, num),
                       xp=array_module(denoiser.network.flat_parameters), **options)
     plots.save(plots.uncertainty_along(*seen), folder / "uncertainty.png")
     return images, ["samples.png", "uncertainty.png"]
+
+
+def one_of_each(label_names, num):
+    """Options of `draw_samples` for `num` images of all classes in turn, each in a column; none without label names."""
+    classes = len(label_names or ())
+    return {"labels": np.arange(num) % classes, "columns": classes} if classes else {}
 
 
 def measure_bits(denoiser, dataset, num, folder, group, *, variance, strata, seed=0):

@@ -10,7 +10,8 @@ import signal
 import time
 
 from ddpm import config as configuration
-from ddpm.commands import CommandParser, UserError, progress_bar, run_command
+from ddpm.commands import CommandParser, progress_bar, run_command
+from ddpm.errors import UserError
 
 SUMMARY_IMAGES, SUMMARY_STRATA, SAMPLE_STEPS = 128, 32, 250
 
@@ -63,6 +64,9 @@ def _train(config, run, out):
     if run:
         if any((run.path / name).exists() for name in (CHECKPOINT, PREVIOUS)):       # else killed before its first
             arrays, metadata = run.load_checkpoint()
+            if metadata.get("label_names") != trainer.label_names:
+                raise UserError(f"--data {config.data} has other classes than this run was trained with "
+                                f"({', '.join(metadata['label_names'])}); put its pictures back or start a new run")
             trainer.restore(arrays, metadata["counters"])
             start, spent = metadata["step"], metadata["seconds"]
         run.truncate_log(start)
@@ -136,7 +140,8 @@ class _Session:
             raise NotFinite(f"the parameters are no longer finite at step {step}")
         self.run.save_checkpoint(arrays, {
             "step": step, "seconds": time.monotonic() - self.started, "counters": counters,
-            "image_shape": list(self.dataset.image_shape), "levels": self.dataset.levels})
+            "image_shape": list(self.dataset.image_shape), "levels": self.dataset.levels,
+            "label_names": self.trainer.label_names})
 
     @contextlib.contextmanager
     def _signals(self, boss):
@@ -172,7 +177,8 @@ def _check_images(config, dataset):
 
 def _describe(config, dataset, trainer, run, group):
     H, W, C = dataset.image_shape
-    print(f"{config.model} on {config.data}: {len(dataset.train_images)} images of {H}x{W}x{C}, "
+    classes = f" in {len(trainer.label_names)} classes" if config.conditional else ""
+    print(f"{config.model} on {config.data}: {len(dataset.train_images)} images of {H}x{W}x{C}{classes}, "
           f"{trainer.network.num_parameters:,} parameters, T={config.T}, {group.size} worker{'s' * (group.size > 1)}")
     print(f"run folder: {run.path}")
 
@@ -182,8 +188,8 @@ def _summarise(config, run, dataset):
     from ddpm import plots
     from ddpm.models import default_variance, load_denoiser
     from ddpm.parallel import make_group
-    from ddpm.report import draw_samples, measure_bits
-    denoiser, _ = load_denoiser(run, config.device)
+    from ddpm.report import draw_samples, measure_bits, one_of_each
+    denoiser, metadata = load_denoiser(run, config.device)
     variance = default_variance(config.model)
 
     def fresh():
@@ -194,13 +200,16 @@ def _summarise(config, run, dataset):
     pictures = ["curves.png", "bits.png"]
     if config.samples:
         _, drawn = draw_samples(denoiser, dataset.image_shape, config.samples, run.path, fresh(),
-                                steps=min(SAMPLE_STEPS, config.T), variance=variance, seed=config.seed)
+                                steps=min(SAMPLE_STEPS, config.T), variance=variance, seed=config.seed,
+                                **one_of_each(metadata.get("label_names"), config.samples))
         pictures = drawn + pictures
-    parts = bits.summary()
+    parts, without, asked = bits.summary(), "", ""
+    if config.conditional:
+        without, asked = " without their labels", " --label all --guidance-scale 2"
     print(f"test bits/dim {parts['bits_per_dim']:.3f} ± {parts['standard_error']:.3f} (prior {parts['prior']:.3f}, "
-          f"steps {parts['steps']:.3f}, decoder {parts['decoder']:.3f}; {len(bits.total)} images)")
+          f"steps {parts['steps']:.3f}, decoder {parts['decoder']:.3f}; {len(bits.total)} images{without})")
     print(f"results in {run.path}: {', '.join(pictures)}")
-    print(f"next: python -m ddpm.sample {run.path} --num 16 --steps {min(50, config.T)}, "
+    print(f"next: python -m ddpm.sample {run.path} --num 16 --steps {min(50, config.T)}{asked}, "
           f"or python -m ddpm.evaluate bpd {run.path}")
 
 

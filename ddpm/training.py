@@ -66,7 +66,8 @@ class DropoutDraws:
 class Trainer:
     """Network, optimiser and average of one run, in memory that the ranks of `group` share.
 
-    Made before `group.run`; `step(number)` is called by every rank with the same numbers 1, 2, ...
+    Made before `group.run`; `step(number)` is called by every rank with the same numbers 1, 2, ...; `label_names` is
+    what a conditional run's labels stand for, else None.
 
     Parameters
     ----------
@@ -77,13 +78,14 @@ class Trainer:
 
     def __init__(self, config, dataset, group):
         self.config, self.dataset, self.group = config, dataset, group
-        self.schedule = build_schedule(config)
+        self.schedule, self.label_names = build_schedule(config), label_names(config, dataset)
         self.objective = find_objective(config.model, config.objective, config.network_predicts)
         by_importance = (config.model, config.objective) == ("iddpm", "vlb")
         self.times = ImportanceSampledTimes(config.T) if by_importance else UniformTimes(config.T)
         self.xp = device_module(config.device)
         rng, channels = generator(config.seed, "weights"), dataset.image_shape[2]
-        self.network = build_network(config, channels, rng).to(config.device)
+        num_classes = len(self.label_names) if config.conditional else None
+        self.network = build_network(config, channels, rng, num_classes=num_classes).to(config.device)
         n = self.network.num_parameters
         self.network.use_buffers(group.shared_array((n,)), group.rank_array((n,)))
         self.adam = Adam(self.network, config.lr, weight_decay=config.weight_decay,
@@ -131,7 +133,8 @@ class Trainer:
                 if isinstance(module, Dropout):
                     module.rng = masks
         where = batch.x_t, batch.t, self.schedule, self.config.network_predicts
-        output = noise_output(self.network(network_input(batch.x_t, batch.t, self.schedule), batch.t), *where)
+        shown, labels = network_input(batch.x_t, batch.t, self.schedule), self._labels(number, indices, positions)
+        output = noise_output(self.network(shown, batch.t, labels), *where)
         values, gradient = self.objective(output, batch, self.schedule, self.dataset.bin_width)
         gradient *= self.xp.asarray((weight / self.config.batch_size).astype(np.float32)).reshape(-1, 1, 1, 1)
         self.network.backward(noise_output_backward(gradient, *where))
@@ -143,6 +146,13 @@ class Trainer:
         eps = self.xp.asarray(self._streams(number, positions, "noise").standard_normal(x0.shape, dtype=x0.dtype))
         s = self._streams(number, positions, "earlier time").integers(0, t)
         return Batch(x0, eps, self.schedule.add_noise(x0, t, eps), t, s)
+
+    def _labels(self, number, indices, positions):
+        """Their labels, (n,) on the host, some of them replaced by "no label"; None in an unconditional run (C20)."""
+        if not self.config.conditional:
+            return None
+        left_out = self._streams(number, positions, "label").random() < self.config.label_dropout
+        return np.where(left_out, self.network.num_classes, self.dataset.train_labels[indices])
 
     def _streams(self, number, positions, purpose):
         return SampleStreams(self.config.seed, number, positions, purpose=purpose)
@@ -175,6 +185,16 @@ class Trainer:
     def _buffers(self):
         return {"parameters": self.network.flat_parameters, "ema": self.ema.average, "adam.m": self.adam.m,
                 "adam.v": self.adam.v}
+
+
+def label_names(config, dataset):
+    """What the labels 0, 1, ... stand for, a list, or None for an unconditional run; ValueError without labels."""
+    if not config.conditional:
+        return None
+    if dataset.train_labels is None:
+        raise ValueError(f"--conditional needs labels, and --data {config.data} has none; put the pictures of each "
+                         "class in a subfolder of their own, or leave --conditional out")
+    return list(dataset.label_names)
 
 
 def named_views(network, flat):

@@ -20,11 +20,15 @@ than the residual does, whose error is small beside tau^2 there all the same. An
 residual is E[Var[eps | x_t] + bias^2], the right variance around a wrong mean, where the others subtract.
 
 Functions give values per example, in float64, unclipped: their mean over draws is tau^2, their scatter its error.
+`noise_statistics` takes the two means over a data set, once for a model, and `ddpm.covariance.sources` reads them.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nn.backend import per_example
+from ddpm.randomness import normal_like
+from nn.backend import array_module, per_example, to_host
 
 
 def var_x0_from_score(score, t, schedule):
@@ -77,3 +81,55 @@ def _mean_square(x):
 
 def _noise_to_signal(t, schedule, like):
     return per_example(schedule.sigma2_bar[t] / schedule.lam_bar[t]**2, like)
+
+
+# ---- the statistics of a model on its data
+
+class NoiseStatistics(NamedTuple):
+    """What a table over t is made of: host arrays (T+1,), indexed by t; entry 0 is 0 (C06, C09).
+
+    square is E|eps_hat|^2 / d, at most 1 for an exact denoiser, and residual is E|eps - eps_hat|^2 / d, both over data
+    and noise; their sum is 1 where it is exact.
+    """
+
+    square: Any
+    residual: Any
+
+
+def noise_statistics(denoiser, schedule, images, rng, *, per_time=None, scale=None, batch=256, progress=None):
+    """Means over data and fresh noise at every t = 1..T, in T per_time network passes (C06, C09).
+
+    Parameters
+    ----------
+    images : array (n, ...)
+        Data, on the scale that is noised, or before `scale`, a function that brings them there.
+    rng : numpy Generator or CuPy Generator
+    per_time : int from 1 to n, or None for all
+        Images at each t: every n/per_time-th, starting one further for each t, so that all of them have their turn.
+    batch : int
+        Images in one pass, of several times where per_time is small.
+    progress : function of a number of images, or None
+
+    Returns
+    -------
+    NoiseStatistics. With d pixels, a residual of relative error about sqrt(2 / (per_time d)), where pixels err
+    independently. ValueError for another per_time.
+    """
+    n = len(images)
+    per_time = n if per_time is None else per_time
+    if not 1 <= per_time <= n:
+        raise ValueError(f"per_time must be an integer from 1 to the number of images, {n}, got {per_time}")
+    times = np.repeat(np.arange(1, schedule.T + 1), per_time)
+    rows = (times - 1 + np.tile(np.arange(per_time) * n // per_time, schedule.T)) % n
+    sums = np.zeros((2, schedule.T + 1))
+    for start in range(0, len(times), batch):
+        t = times[start:start + batch]
+        chosen = images[array_module(images).asarray(rows[start:start + batch])]
+        x0 = chosen if scale is None else scale(chosen)
+        eps = normal_like(x0, rng)
+        eps_hat = denoiser.predict(schedule.add_noise(x0, t, eps), t).eps
+        for total, values in zip(sums, (eps_hat, eps - eps_hat), strict=True):
+            total += np.bincount(t, to_host(_mean_square(values)), schedule.T + 1)
+        if progress:
+            progress(len(t))
+    return NoiseStatistics(*(sums / per_time))

@@ -53,6 +53,14 @@ def test_schedules_by_flag_and_from_a_file(schedule):
     assert config.schedule == schedule and TrainConfig.from_json(f'{{"schedule": "{schedule}"}}') == config
 
 
+def test_a_flag_that_stands_alone():
+    config = parse("--conditional", "--label-dropout", "0.2")
+    assert config == TrainConfig(conditional=True, label_dropout=0.2) and not parse().conditional
+    assert parse("--steps", "9", base=config).conditional    # not given: as it was
+    assert TrainConfig.from_json(config.to_json()) == config
+    assert TrainConfig().differences(config) == ["conditional", "label_dropout"]
+
+
 def test_flags_lay_over_a_base():
     base = TrainConfig(T=77, lr=0.5)
     assert parse("--steps", "9", base=base) == dataclasses.replace(base, steps=9)
@@ -75,6 +83,7 @@ def test_help_shows_every_flag_with_its_default_and_an_example():
     text = " ".join(parser.format_help().split())
     for f in FIELDS:
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+        default = "off" if f.default is False else default
         start = text.index(f"{flag(f.name)} ", text.index("model: "))
         assert f.default is None or f"(default: {default})" in text[start:start + 400].replace("- ", "-"), f.name
         assert f.metadata["help"].split()[0] in text
@@ -107,6 +116,10 @@ def test_importing_the_configuration_is_light():
     ({"T": True}, "--T must be an integer, got True"), ({"warmup": -1}, "--warmup must be at least 0, got -1"),
     ({"ema": 1.0}, "--ema must be at least 0 and below 1, got 1.0"),
     ({"dropout": -0.1}, "--dropout must be at least 0 and below 1, got -0.1"),
+    ({"label_dropout": 0.0}, "--label-dropout must be above 0 and below 1 (guidance needs both), got 0.0"),
+    ({"label_dropout": 1.0}, "--label-dropout must be above 0 and below 1"),
+    ({"conditional": 1}, "--conditional must be true or false, got 1"),
+    ({"conditional": "yes"}, "--conditional must be true or false, got 'yes'"),
     ({"weight_decay": -1}, "--weight-decay must be at least 0, got -1.0"),
     ({"seed": -3}, "--seed must be at least 0, got -3"), ({"workers": -1}, "--workers must be at least 0, got -1"),
     ({"model": "gan"}, "--model must be one of ddpm, iddpm, gddm, got 'gan'"),

@@ -5,6 +5,8 @@ import pytest
 
 from ddpm.denoiser import Denoiser
 from ddpm.generate import draw_images, trajectory
+from ddpm.guidance import MixtureDenoiser
+from ddpm.mixture import GaussianMixture
 from ddpm.parallel import Alone, make_group
 from ddpm.schedule import NoiseSchedule
 from tests.ddpm.test_likelihood import small_network
@@ -47,6 +49,35 @@ def test_an_image_of_a_network_is_so_to_rounding():
     for workers, chunk in ((1, 1), (2, 2)):
         other = drawn(5, workers, denoiser=network, shape=(8, 8, 1), steps=3, chunk=chunk)
         np.testing.assert_allclose(other, whole, atol=1e-3)
+
+
+PAIR = MixtureDenoiser(GaussianMixture.two_component(), SCHEDULE)        # labels 0 and 1 at -1.2 and 0.8
+
+
+def test_C20_a_labelled_image_is_a_function_of_seed_number_and_label():
+    options = {"denoiser": PAIR, "shape": (1,), "clip": (-3, 3), "guidance_scale": 2.0}
+    labels = np.arange(9) % 2
+    whole = drawn(9, labels=labels, **options)
+    assert ((whole[:, 0] > 0) == labels).all()
+    for num, workers, chunk in ((9, 1, 4), (9, 2, 3), (4, 1, 16), (5, 3, 1)):
+        np.testing.assert_array_equal(drawn(num, workers, chunk=chunk, labels=labels[:num], **options), whole[:num])
+    mixed = drawn(9, labels=1 - labels[:1] + 0 * labels, **options)      # neighbours' labels don't matter
+    np.testing.assert_array_equal(mixed[labels == 1], whole[labels == 1])
+    assert (mixed[labels == 0] > 0).all()
+    for scale in (1.0, 3.0):
+        assert (drawn(9, labels=labels, **options | {"guidance_scale": scale}) != whole).all()
+    unlabelled = drawn(9, denoiser=PAIR, shape=(1,), clip=(-3, 3))
+    np.testing.assert_array_equal(drawn(9, labels=labels, **options | {"guidance_scale": 0.0}), unlabelled)
+
+
+def test_C20_the_way_to_a_labelled_image():
+    labels = np.array([1, 0])
+    options = {"steps": 10, "variance": "learned", "clip": (-3, 3), "labels": labels, "guidance_scale": 2.0}
+    times, _, mean, std = trajectory(PAIR, SCHEDULE, (1,), 2, **options)
+    images = draw_images(PAIR, SCHEDULE, (1,), 2, make_group(1), **options)
+    np.testing.assert_allclose(mean[-1], images, rtol=1e-5)
+    spread = [PAIR.predict(np.zeros((1, 1)), t, 0).var_x0.item()**0.5 for t in times]
+    np.testing.assert_allclose(std[:, 0, 0], spread, rtol=1e-5)          # given the label, the same at every point
 
 
 OTHERS = {"cosine": SCHEDULE, "VE": NoiseSchedule.variance_exploding(30),

@@ -7,6 +7,7 @@ import pytest
 
 from ddpm import gddm
 from ddpm.config import TrainConfig
+from ddpm.covariance.methods import learned_variance
 from ddpm.models import (
     OBJECTIVES,
     OUTPUTS,
@@ -23,7 +24,6 @@ from ddpm.models import (
     noise_output_backward,
 )
 from ddpm.runs import RunFolder, UserError
-from ddpm.samplers.ancestral import learned_variance
 from ddpm.schedule import NoiseSchedule
 from nn.ema import EMA
 from nn.unet import UNet
@@ -303,6 +303,22 @@ def test_vjp_contains_what_happens_at_the_doors(prediction, schedule, rng):
         np.testing.assert_allclose((v * moved).sum(), (d.vjp(x_t, times, v) * w).sum(), rtol=1e-7)
     forgotten = d.network.backward(np.concatenate([v, 0 * v], axis=-1), params=False)
     assert schedule is SCHEDULE or abs((forgotten * w).sum() / (v * moved).sum() - 1) > 1e-3
+
+
+def test_C20_a_conditional_run_remembers_its_classes(tmp_path, rng):
+    config, names = dataclasses.replace(TINY, conditional=True), ["cat", "dog", "T-shirt/top"]
+    network = build_network(config, 1, np.random.default_rng(0), num_classes=3)
+    with RunFolder.create(tmp_path / "run", config) as run:
+        run.save_checkpoint({f"ema/{name}": a for name, a in network.parameters().items()},
+                            {"image_shape": [8, 8, 1], "levels": 17, "step": 0, "label_names": names})
+    d, metadata = load_denoiser(RunFolder.open(tmp_path / "run"))
+    assert metadata["label_names"] == names and d.network.num_classes == 3
+    np.testing.assert_array_equal(d.network.flat_parameters, network.flat_parameters)
+
+
+def test_labels_are_refused_by_a_network_without_them(rng):
+    with pytest.raises(ValueError, match="labels were given, but the network was made without num_classes"):
+        denoiser("gddm").predict(noisy(rng), 5, np.array([0, 1, 2]))
 
 
 def test_a_run_remembers_what_its_network_predicts(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ddpm import sample
-from ddpm.runs import CHECKPOINT, PREVIOUS
+from ddpm.runs import CHECKPOINT, PREVIOUS, UserError
+from nn import checkpoint
 from tests.ddpm.test_train_command import PATIENCE, ROOT, refused, untrained
 
 
@@ -66,6 +67,75 @@ def test_a_model_without_variance(tmp_path, capsys):
     assert "--variance learned needs a model that has one (gddm or iddpm); use large or small" in said
 
 
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """A run whose labels matter as much as if it were trained."""
+    run = untrained(tmp_path_factory.mktemp("conditional") / "run", conditional=True)
+    arrays, header = checkpoint.load(run / CHECKPOINT)
+    arrays["ema/label.table"] = 100 * arrays["ema/label.table"]
+    checkpoint.save(run / CHECKPOINT, arrays, header)
+    return run
+
+
+def test_C20_labels_and_guidance(conditional, tmp_path, capsys):
+    def of(name, *flags):
+        return sampled(tmp_path / name, conditional, "--num", 6, "--steps", 3, "--workers", 1, *flags)
+    seven, three = of("7", "--label", "7"), of("3", "--label", "3")
+    every, guided, none = of("all", "--label", "all"), of("7x2", "--label", "7", "--guidance-scale", "2"), of("none")
+    for other in (three, every, guided, none):
+        assert (other != seven).any()
+    np.testing.assert_array_equal(of("one", "--label", "7", "--guidance-scale", "1"), seven)
+    np.testing.assert_array_equal(of("zero", "--label", "7", "--guidance-scale", "0"), none)
+    assert (every[3] == three[3]).mean() > 0.99              # image i of label k, among whichever others
+    with np.load(tmp_path / "all" / "samples.npz") as file:
+        np.testing.assert_array_equal(file["labels"], np.arange(6))
+    with np.load(tmp_path / "none" / "samples.npz") as file:
+        assert file.files == ["images"]
+    assert "columns of samples.png: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in capsys.readouterr().out
+    flags = "--num 2 --steps 2 --workers 1 --label 7 --guidance-scale 2.5".split()
+    assert sample.main([str(conditional), *flags]) == 0
+    assert (conditional / "samples-seed-0-steps-2-label-7-scale-2.5" / "samples.npz").exists()
+
+
+def test_C20_labels_by_name_and_by_number(tmp_path):
+    flags = sample.parser().parse_args
+
+    def label(text, names, num=2):
+        return sample._asked(flags(["run", "--num", str(num), "--label", text]), {"label_names": names})
+    names = ["cat", "T-shirt/top", "3D", "all"]
+    for text, k in (("cat", 0), ("T-shirt/top", 1), ("1", 1), ("2", 2), ("3D", 2), ("3", 3)):
+        np.testing.assert_array_equal(label(text, names)["labels"], [k, k])
+    for text in ("dog", "4", "-1", "Cat", "1.0", ""):
+        with pytest.raises(UserError, match="--label must be one of cat, T-shirt/top, 3D, all, or 0 to 3, or all, got"):
+            label(text, names)
+    np.testing.assert_array_equal(label("2", ["1", "2", "3"])["labels"], [1, 1])     # names that are numbers win
+    with pytest.raises(UserError, match="--label must be one of 1, 2, 3, or all, got 0$"):
+        label("0", ["1", "2", "3"])
+    every = label("all", ["a", "b", "c"], num=7)
+    np.testing.assert_array_equal(every["labels"], [0, 1, 2, 0, 1, 2, 0])
+    assert every["columns"] == 3
+    folder = sample._folder(flags(["run", "--steps", "5", "--label", "T-shirt/top", "--guidance-scale", "2"]))
+    assert folder == "samples-seed-0-steps-5-label-T-shirt-top-scale-2"
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--label 10", "--label must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, or all, got 10"),
+    ("--label cat", "--label must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, or all, got cat"),
+    ("--label 7 --guidance-scale -1", "--guidance-scale must be a finite number from 0 up .*, got -1.0"),
+    ("--label 7 --guidance-scale nan", "--guidance-scale must be a finite number from 0 up"),
+    ("--label 7 --guidance-scale big", "invalid float value: 'big'"),
+    ("--guidance-scale 2", "--guidance-scale needs a --label to guide to"), ("--label", "expected one argument")])
+def test_C20_bad_labels_and_scales(flags, message, conditional, capsys, tmp_path):
+    said = refused(capsys, sample.main, conditional, "--out", tmp_path / "out", *flags.split())
+    assert re.search(message, said) and not (tmp_path / "out").exists()
+
+
+def test_C20_a_run_without_labels(run, capsys, tmp_path):
+    said = refused(capsys, sample.main, run, "--label", "7", "--out", tmp_path / "out")
+    assert f"--label needs a model that knows labels, and {run} was trained without --conditional" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("settings", [{"schedule": "variance-exploding"}, {"schedule": "sub-vp", "T": 30},
                                       {"schedule": "variance-exploding", "model": "iddpm"},
                                       {"schedule": "sub-vp", "T": 30, "model": "ddpm"}], ids=str)
@@ -110,6 +180,6 @@ def test_help_is_quick_and_names_every_flag():
             "finally: print({'scipy', 'matplotlib'} & set(sys.modules), file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and done.stderr == "set()\n"
-    for flag in "--num --steps --variance --out --seed --device --workers".split():
+    for flag in "--num --steps --label --guidance-scale --variance --out --seed --device --workers".split():
         assert re.search(rf"^ +{flag}\b", done.stdout, re.M), flag
     assert "python -m ddpm.sample" in done.stdout and "RUN" in done.stdout

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddpm import data, runs, train, training
 from ddpm.commands import run_command
@@ -383,6 +384,25 @@ def test_a_run_leaves_what_it_promises(schedule, tmp_path):
     assert "training: 100%" in err and "images/s" in err
 
 
+@needs_fork
+def test_C20_a_conditional_run_shows_every_class_in_a_column(tmp_path):
+    run = tmp_path / "run"
+
+    def before():
+        from ddpm import report
+        draw = report.draw_images
+        report.draw_images = lambda *args, **options: print("labels", *options["labels"]) or draw(*args, **options)
+    status, out, err = command(tmp_path, *TINY, *"--steps 3 --T 8 --samples 23 --workers 2 --conditional".split(),
+                               "--out", run, before=before)
+    assert status == 0, err
+    assert f"labels {' '.join(str(i % 10) for i in range(23))}\n" in out
+    assert "1618 images of 8x8x1 in 10 classes, " in out and " images without their labels)" in out
+    assert f"next: python -m ddpm.sample {run} --num 16 --steps 8 --label all --guidance-scale 2, or" in out
+    about = stored(run)[1]
+    assert about["label_names"] == list("0123456789") and RunFolder.open(run).config.conditional
+    assert (run / "samples.png").exists()
+
+
 def test_help_is_quick_and_names_every_flag():
     """In a process of its own: importing the command must not load the mathematics."""
     code = ("import sys; from ddpm import train\ntry: train.main(['--help'])\n"
@@ -422,11 +442,36 @@ def refused(capsys, main, *argv):
     ("--workers -1", "--workers must be at least 0"), ("--steps 0", "--steps must be at least 1"),
     ("--steps many", "argument --steps: invalid int value: 'many'"), ("--lr nan", "--lr must be a finite number"),
     ("--dropout 1", "--dropout must be at least 0 and below 1"),
+    ("--conditional --label-dropout 0", "--label-dropout must be above 0 and below 1 .guidance needs both., got 0.0"),
+    ("--conditional yes", "unrecognized arguments: yes"),
     ("--step 5", "unrecognized arguments: --step 5"),
 ])
 def test_bad_flags(flags, message, capsys, tmp_path):
     said = refused(capsys, train.main, *TINY, "--out", tmp_path / "run", *flags.split())
     assert re.search(message, said) and not (tmp_path / "run").exists()
+
+
+def pictures(folder, *names):
+    """A few gray pictures of 8 x 8 pixels in files of these names, some in subfolders."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(folder / name)
+    return f"folder:{folder}"
+
+
+def test_C20_classes_that_are_not_there_or_no_longer_the_same(capsys, tmp_path):
+    plain = pictures(tmp_path / "plain", "a.png", "b.png", "c.png")
+    said = refused(capsys, train.main, *TINY, "--data", plain, "--conditional", "--out", tmp_path / "run")
+    assert f"--conditional needs labels, and --data {plain} has none; put the pictures of each class in a subf" in said
+    assert not (tmp_path / "run").exists()
+    data = pictures(tmp_path / "pets", "cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
+    run = untrained(tmp_path / "run", data=data, conditional=True)
+    (tmp_path / "pets" / "cat").rename(tmp_path / "pets" / "owl")
+    load.cache_clear()
+    said = refused(capsys, train.main, "--resume", run)
+    assert f"--data {data} has other classes than this run was trained with (cat, dog); put its pictures back" in said
+    assert "--conditional can't change on resuming (False in this run)" in refused(
+        capsys, train.main, "--resume", untrained(tmp_path / "without"), "--conditional")
 
 
 def test_no_gpu(capsys, tmp_path, monkeypatch):
@@ -460,7 +505,7 @@ def untrained(path, **settings):
     with RunFolder.create(path, config) as run:
         for _ in range(2):
             run.save_checkpoint(arrays, {"step": 0, "seconds": 0.0, "counters": counters, "levels": dataset.levels,
-                                         "image_shape": list(dataset.image_shape)})
+                                         "image_shape": list(dataset.image_shape), "label_names": trainer.label_names})
     return path
 
 

@@ -78,8 +78,9 @@ def test_a_fixed_number_of_workers_gives_the_same_bits(workers, digits):
     assert not identical(first, other)
 
 
-@pytest.mark.parametrize("settings", [{}, {"dropout": 0.2}, {"model": "iddpm", "objective": "vlb"}],
-                         ids=["plain", "dropout", "importance"])
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.2}, {"model": "iddpm", "objective": "vlb"},
+                                      {"conditional": True, "label_dropout": 0.5}],
+                         ids=["plain", "dropout", "importance", "labels"])
 def test_gradients_do_not_depend_on_workers_or_micro_batches(settings, digits):
     """After one step adam.m is the gradient over the batch, times 1 - b1; after three, parameters agree as well."""
     config = tiny(clip=0.0, **settings)
@@ -199,6 +200,42 @@ def test_dropout_masks_belong_to_the_position_in_the_batch():
     assert (DropoutDraws(0, 2, range(4)).random((16, 16, 4, 8), np.float32) != uniform).any()
 
 
+def test_C20_labels_are_left_out_by_seed_step_and_position(digits):
+    config = tiny(conditional=True, label_dropout=0.3, batch_size=2000)
+    trainer, indices = Trainer(config, digits, Alone()), np.arange(2000) % len(digits.train_labels)
+    whole = trainer._labels(1, indices, range(2000))
+    assert trainer.label_names == list("0123456789") and trainer.network.num_classes == 10
+    left_out = whole == 10                                   # the last row of the table: "no label"
+    np.testing.assert_array_equal(whole[~left_out], digits.train_labels[indices][~left_out])
+    assert abs(zscore(left_out.astype(float), 0.3)) < 4 < abs(zscore(left_out.astype(float), 0.7))
+    part = trainer._labels(1, indices[500:700], range(500, 700))
+    np.testing.assert_array_equal(part, whole[500:700])      # whoever asks for whichever part
+    for number, seed in ((2, 0), (1, 1)):
+        other = Trainer(tiny(conditional=True, seed=seed), digits, Alone())
+        assert ((other._labels(number, indices, range(2000)) == 10) != left_out).mean() > 0.1
+    unconditional = Trainer(TINY, digits, Alone())
+    assert unconditional._labels(1, indices, range(2000)) is None is unconditional.label_names
+    assert unconditional.network.num_classes is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_C20_labels_reach_the_network_and_its_table(model, digits):
+    """The gradient of a row of the table is that of the images with its label; rows without any have none."""
+    config = tiny(model=model, conditional=True, label_dropout=0.4, clip=0.0)
+    trainer = Trainer(config, digits, Alone())
+    trainer.network.flat_parameters[...] += np.float32(0.05)
+    labels = trainer._labels(1, batch_indices(0, 1, 8, len(digits.train_images)), range(8))
+    trainer.step(1)
+    table = trainer.network.gradients()["label.table"]
+    assert table.shape[0] == 11 and {10} < set(labels) < set(range(11))
+    np.testing.assert_array_equal(np.flatnonzero(abs(table).max(axis=1)), np.unique(labels))
+    denoiser = NetworkDenoiser(trainer.network, model, trainer.schedule, config.network_predicts)
+    x_t = np.random.default_rng(0).standard_normal((2, 8, 8, 1), dtype=np.float32)
+    with_label, without = denoiser.predict(x_t, 5, np.array([3, 4])).eps, denoiser.predict(x_t, 5).eps
+    assert abs(with_label - without).max() > 0
+    np.testing.assert_array_equal(denoiser.predict(x_t, 5, 10).eps, without)
+
+
 def test_dropout_is_on_in_a_step(digits):
     trainer = Trainer(tiny(dropout=0.5), digits, Alone())
     trainer.network.eval()
@@ -254,8 +291,9 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_names_the_step(workers, w
 
 # ---- saving and going on
 
-@pytest.mark.parametrize("settings", [{}, {"model": "iddpm", "objective": "vlb", "T": 3, "dropout": 0.1}],
-                         ids=["plain", "importance"])
+@pytest.mark.parametrize("settings", [{}, {"model": "iddpm", "objective": "vlb", "T": 3, "dropout": 0.1},
+                                      {"conditional": True, "label_dropout": 0.5}],
+                         ids=["plain", "importance", "labels"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_restored_trainer_goes_on_bit_for_bit(settings, workers, digits):
     config = tiny(**settings)
@@ -278,7 +316,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(settings, workers, digits):
             assert abs(half[missing]).max() > 0
             assert not identical(whole, resumed(half | {missing: 0 * half[missing]}, counters)[0]), missing
     assert not identical(whole, resumed(half, counters | {"adam_steps": 0})[0])
-    if settings:
+    if "objective" in settings:
         assert half["times/count"][1:].min() >= 10           # the times are drawn by importance by now
 
 
@@ -294,7 +332,7 @@ def test_named_views_are_the_parameters_themselves(digits):
 
 @pytest.mark.parametrize("settings", [{"model": model} for model in MODELS]
                          + [{"model": "gddm", "dropout": 0.2, "attention_levels": (1,)},
-                            {"model": "iddpm", "objective": "vlb"}], ids=str)
+                            {"model": "iddpm", "objective": "vlb"}, {"conditional": True}], ids=str)
 def test_a_whole_step_runs_on_a_device(settings, fake, digits, monkeypatch):
     """Data, loss, network, Adam and average on the strict fake device, where hidden copies are errors."""
     config = tiny(**settings)
@@ -322,3 +360,5 @@ def test_a_small_data_set_repeats_within_a_batch():
     images = np.random.default_rng(0).integers(0, 17, (3, 8, 8, 1)).astype(np.uint8)
     dataset = Dataset("three", images, None, images.copy(), None, levels=17)
     assert np.isfinite(trained(TINY, dataset, steps=2)[1]).all()
+    with pytest.raises(ValueError, match="--conditional needs labels, and --data digits has none; put the pictures"):
+        Trainer(tiny(conditional=True), dataset, Alone())
