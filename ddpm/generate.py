@@ -1,23 +1,28 @@
 """Drawing images from a trained model, shared out over processes; which image comes out depends on seed and number."""
 
+from functools import partial
+
 import numpy as np
 
+from ddpm import samplers
 from ddpm.guidance import Guided
 from ddpm.models import network_input
 from ddpm.randomness import SampleStreams
-from ddpm.samplers import ddpm as ancestral
 from nn.backend import array_module, to_host
+
+SAMPLERS = ("ddpm", "ddim", "dpm-solver")
 
 
 def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance, seed=0, chunk=16, clip=(-1, 1),
-                progress=None, labels=None, guidance_scale=1.0):
-    """`num` images in [-1, 1], float32 on the host, (num, H, W, C), by ancestral sampling in `steps` steps (L05, C15).
+                progress=None, labels=None, guidance_scale=1.0, sampler="ddpm", eta=0.0, spacing="uniform"):
+    """`num` images in [-1, 1], float32 on the host, (num, H, W, C), in `steps` steps of a sampler (L05, C15, C16, U13).
 
     Image i is a function of (seed, i): of neither the number of images, nor the chunks, nor the processes. With
     `labels` (num,), on the host, it is also one of labels[i] and the scale: the noise is that of any other label (C20).
+    `sampler`, `variance` and `eta` are those of `find_sampler`, `spacing` that of `NoiseSchedule.timesteps`.
     """
     images = group.shared_array((num, *image_shape))
-    timesteps = schedule.timesteps(steps)
+    timesteps, run = schedule.timesteps(steps, spacing), find_sampler(sampler, variance, eta)
 
     def work(group):
         mine = group.shard(num)
@@ -30,7 +35,7 @@ def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance,
                     progress(passes)
 
             model = _labelled(denoiser, labels, part, guidance_scale)
-            images[part.start:part.stop] = _draw(model, schedule, image_shape, part, timesteps, variance, seed, clip,
+            images[part.start:part.stop] = _draw(run, model, schedule, image_shape, part, timesteps, seed, clip,
                                                  array_module(images), tick)
         group.barrier()
 
@@ -39,13 +44,13 @@ def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance,
 
 
 def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0, show=8, clip=(-1, 1), xp=np,
-               labels=None, guidance_scale=1.0):
+               labels=None, guidance_scale=1.0, sampler="ddpm", eta=0.0, spacing="uniform"):
     """What a model with a variance thinks on the way to its first `num` images, at `show` times from T to 1 (G10).
 
     Returns (times, x_t, mean_x0, std_x0): a list of ints and three host arrays (show, num, H, W, C). x_t is scaled as
     the network sees it, to unit variance (`ddpm.models.network_input`), so that it can be shown beside the images.
     """
-    timesteps = schedule.timesteps(steps)
+    timesteps = schedule.timesteps(steps, spacing)
     keep = set(timesteps[np.unique(np.rint(np.linspace(0, len(timesteps) - 1, show)).astype(int))].tolist())
     seen = []
 
@@ -56,7 +61,8 @@ def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0,
             seen.append((step.t, *(to_host(a) for a in (x_t, step.prediction.x0, std))))
 
     model = _labelled(denoiser, labels, range(num), guidance_scale)
-    _draw(model, schedule, image_shape, range(num), timesteps, variance, seed, clip, xp, remember)
+    _draw(find_sampler(sampler, variance, eta), model, schedule, image_shape, range(num), timesteps, seed, clip, xp,
+          remember)
     times, *arrays = zip(*seen, strict=True)
     return list(times), *(np.stack(a) for a in arrays)
 
@@ -66,9 +72,23 @@ def _labelled(denoiser, labels, samples, scale):
     return denoiser if labels is None else Guided(denoiser, labels[samples.start:samples.stop], scale)
 
 
-def _draw(denoiser, schedule, image_shape, samples, timesteps, variance, seed, clip, xp, callback):
+def _draw(sampler, denoiser, schedule, image_shape, samples, timesteps, seed, clip, xp, callback):
     streams = SampleStreams(seed, 0, list(samples), purpose="sampling", xp=xp)
     noise = streams.standard_normal((len(samples), *image_shape), dtype=np.float32)
     x_T = float(schedule.marginal_var[timesteps[0]])**0.5 * noise               # the prior of the bound (elbo.prior_kl)
-    return ancestral(denoiser, schedule, x_T, timesteps=timesteps, variance=variance, rng=streams, clip=clip,
-                     callback=callback)
+    return sampler(denoiser, schedule, x_T, timesteps=timesteps, rng=streams, clip=clip, callback=callback)
+
+
+def find_sampler(name, variance, eta=0.0):
+    """The sampler of a name in SAMPLERS as a function of (denoiser, schedule, x_T, *, timesteps, rng, clip, callback).
+
+    `variance` is DDPM's, and what DDIM adds to its own (None: nothing); `eta` is DDIM's; "dpm-solver", of second order,
+    draws no noise and takes neither. ValueError for another name.
+    """
+    if name == "ddpm":
+        return partial(samplers.ddpm, variance=variance)
+    if name == "ddim":
+        return partial(samplers.ddim, eta=eta, covariance=variance)
+    if name == "dpm-solver":
+        return lambda *args, rng, **options: samplers.dpm_solver_pp(*args, **options)
+    raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")

@@ -12,13 +12,12 @@ from ddpm.likelihood import evaluate_bits
 from nn.backend import array_module
 
 
-def draw_samples(denoiser, image_shape, num, folder, group, *, steps, variance, seed, labels=None, guidance_scale=1.0,
-                 columns=None):
+def draw_samples(denoiser, image_shape, num, folder, group, *, steps, columns=None, **options):
     """Draw `num` images and leave samples.png, and for a gddm uncertainty.png, in `folder`: (images, names written).
 
-    `labels` (num,) ask for one class each, with `guidance_scale` (C20); `columns` is that of the grid of samples.
+    `columns` is that of the grid of samples; the other options are those of `draw_images`.
     """
-    options = {"steps": steps, "variance": variance, "seed": seed, "labels": labels, "guidance_scale": guidance_scale}
+    options["steps"] = steps
     with progress_bar(num * steps, "sampling", "step") as bar:
         images = draw_images(denoiser, denoiser.schedule, image_shape, num, group, progress=bar.update, **options)
     plots.save(plots.sample_grid(images, columns), folder / "samples.png")

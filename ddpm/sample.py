@@ -22,6 +22,13 @@ def parser():
     p.add_argument("--steps", type=int, metavar="K",
                    help="steps from noise to image, from 1 to the model's T, of one network pass each, or of two where "
                    "there is a guidance scale other than 0 and 1 (default: 250, or T if that is less)")
+    p.add_argument("--sampler", choices=("ddpm", "ddim", "dpm-solver"), default="ddpm",
+                   help="ddpm draws noise at every step; ddim none (but see --eta); dpm-solver, of second order, is "
+                   "closer to ddim's limit in as many steps (default: ddpm)")
+    p.add_argument("--eta", type=float, metavar="X", help="noise of ddim, from 0, none, to 1, as much as ddpm with the "
+                   "small variance (default: 0)")
+    p.add_argument("--spacing", choices=("uniform", "quadratic", "trailing"), default="uniform", help="of the steps in "
+                   "time: even from T to 1, denser near the image, or even from T (default: uniform)")
     p.add_argument("--label", metavar="NAME", help="class to draw, by its name or its number from 0 up, or all for "
                    "each in turn, one a column (default: no label); for runs with --conditional")
     p.add_argument("--guidance-scale", type=float, metavar="S", help="noise without the label + S (noise with it - "
@@ -41,6 +48,7 @@ def main(argv=None):
     if not 1 <= flags.steps <= run.config.T:
         raise UserError(f"--steps must lie in 1..{run.config.T}, the number of steps this model was trained with, "
                         f"got {flags.steps}")
+    _check_sampler(flags)
     if flags.label is None and flags.guidance_scale is not None:
         raise UserError("--guidance-scale needs a --label to guide to")
     if flags.label is not None and not run.config.conditional:
@@ -51,11 +59,24 @@ def main(argv=None):
     return _sample(run, flags, out)
 
 
+def _check_sampler(flags):
+    """UserError for flags that the sampler has no use for."""
+    if flags.eta is not None and flags.sampler != "ddim":
+        raise UserError(f"--eta belongs to --sampler ddim, not to {flags.sampler}; leave it out")
+    if flags.eta is not None and not 0 <= flags.eta <= 1:
+        raise UserError(f"--eta must lie between 0 and 1, got {flags.eta:g}")
+    if flags.variance and flags.sampler == "dpm-solver":
+        raise UserError("--sampler dpm-solver draws no noise and has no --variance; leave it out")
+    if flags.variance == "large" and flags.sampler == "ddim":
+        raise UserError("--variance large belongs to --sampler ddpm; ddim takes learned, or none")
+
+
 def _folder(flags):
     """The name of a folder for what the flags ask for."""
     label = "" if flags.label is None else "-label-" + re.sub(r"\W+", "-", flags.label)
     scale = "" if flags.guidance_scale is None else f"-scale-{flags.guidance_scale:g}"
-    return f"samples-seed-{flags.seed}-steps-{flags.steps}{label}{scale}"
+    sampler = "" if flags.sampler == "ddpm" else f"-{flags.sampler}"
+    return f"samples-seed-{flags.seed}-steps-{flags.steps}{sampler}{label}{scale}"
 
 
 def _sample(run, flags, out):
@@ -77,9 +98,10 @@ def _sample(run, flags, out):
     asked = _asked(flags, metadata)
     with one_sentence("the folder", out, remedy="choose another with --out"):
         out.mkdir(parents=True, exist_ok=True)
+    variance = default_variance(run.config.model) if flags.sampler == "ddpm" else None
     images, written = draw_samples(denoiser, tuple(metadata["image_shape"]), flags.num, out, group, steps=flags.steps,
-                                   variance=flags.variance or default_variance(run.config.model), seed=flags.seed,
-                                   guidance_scale=scale, **asked)
+                                   variance=flags.variance or variance, seed=flags.seed, sampler=flags.sampler,
+                                   eta=flags.eta or 0.0, spacing=flags.spacing, guidance_scale=scale, **asked)
     labels = {"labels": asked["labels"]} if asked else {}
     write_atomically(out / "samples.npz", lambda file: np.savez_compressed(
         file, images=data.unscale(images, metadata["levels"]), **labels))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddpm.denoiser import Denoiser
-from ddpm.generate import draw_images, trajectory
+from ddpm.generate import SAMPLERS, draw_images, trajectory
 from ddpm.guidance import MixtureDenoiser
 from ddpm.mixture import GaussianMixture
 from ddpm.parallel import Alone, make_group
@@ -49,6 +49,23 @@ def test_an_image_of_a_network_is_so_to_rounding():
     for workers, chunk in ((1, 1), (2, 2)):
         other = drawn(5, workers, denoiser=network, shape=(8, 8, 1), steps=3, chunk=chunk)
         np.testing.assert_allclose(other, whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_C16_U13_images_of_any_sampler(sampler):
+    """Each is a function of seed and number, the samplers differ, and all draw from the pixels' law."""
+    whole = drawn(200, sampler=sampler, steps=30, variance="learned" if sampler == "ddpm" else None)
+    np.testing.assert_array_equal(
+        drawn(7, 2, sampler=sampler, steps=30, variance="learned" if sampler == "ddpm" else None, chunk=3), whole[:7])
+    assert abs(zscore(whole, MEAN)) < 4 and 0.85 < whole.std() / VAR**0.5 < 1.02      # thirty steps narrow it a little
+    other = drawn(200, sampler="ddim", eta=0.5, steps=30, variance=None)
+    assert np.abs(whole - other).mean() > 0.01
+
+
+def test_samplers_and_spacings_that_there_are():
+    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, dpm-solver, not 'euler'"):
+        drawn(1, sampler="euler")
+    assert np.abs(drawn(3, spacing="trailing") - drawn(3)).max() > 0
 
 
 PAIR = MixtureDenoiser(GaussianMixture.two_component(), SCHEDULE)        # labels 0 and 1 at -1.2 and 0.8

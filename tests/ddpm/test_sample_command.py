@@ -48,6 +48,22 @@ def test_an_image_is_a_function_of_the_seed_and_its_number(run, tmp_path):
     assert (other == whole).mean() < 0.5
 
 
+def test_C16_U13_samplers(run, tmp_path, capsys):
+    """Each flag changes the images, and what doesn't belong together is said in a sentence."""
+    few = ("--num", 4, "--steps", 3, "--workers", 1)
+    kinds = {"ddpm": (), "ddim": ("--sampler", "ddim"), "eta": ("--sampler", "ddim", "--eta", "0.7"),
+             "own": ("--sampler", "ddim", "--variance", "learned"), "solver": ("--sampler", "dpm-solver"),
+             "trailing": ("--sampler", "ddim", "--spacing", "trailing")}
+    images = {name: sampled(tmp_path / name, run, *few, *flags).tobytes() for name, flags in kinds.items()}
+    assert len(set(images.values())) == len(kinds)
+    capsys.readouterr()
+    for flags, message in ((("--eta", "0.5"), "--eta belongs to --sampler ddim, not to ddpm"),
+                           (("--sampler", "ddim", "--eta", "1.5"), "--eta must lie between 0 and 1, got 1.5"),
+                           (("--sampler", "dpm-solver", "--variance", "learned"), "has no --variance"),
+                           (("--sampler", "ddim", "--variance", "large"), "ddim takes learned, or none")):
+        assert message in refused(capsys, sample.main, run, *flags)
+
+
 def test_defaults(run, tmp_path, monkeypatch, capsys):
     """Without --steps as many as the model has, up to 250; without --out a folder in the run; without --num 16."""
     assert sample.main([str(run), "--workers", "1"]) == 0
