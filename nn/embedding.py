@@ -50,11 +50,11 @@ class Embedding(Module):
     ----------
     rows, dim : int
     rng : numpy.random.Generator
-        Draws the initial table, standard normal times 0.02: small beside the time embedding it is added to.
+        Draws the initial table, standard normal: from the first step the rows are told apart.
     """
 
     def __init__(self, rows, dim, *, rng, dtype=np.float32):
-        self.table = Parameter((0.02 * rng.standard_normal((rows, dim))).astype(dtype))
+        self.table = Parameter(rng.standard_normal((rows, dim)).astype(dtype))
 
     def forward(self, index):
         return self._remember(*embedding_forward(index, self.table.value))

@@ -79,6 +79,6 @@ def test_module_adds_to_its_gradient_and_has_nothing_below(rng):
     assert np.isnan(layer.flat_gradients).all()
 
 
-def test_initial_table_is_small(rng):
+def test_initial_table_is_standard_normal(rng):
     table = Embedding(200, 300, rng=rng).table.value
-    assert table.dtype == np.float32 and abs(table.std() / 0.02 - 1) < 4 / math.sqrt(2 * table.size)
+    assert table.dtype == np.float32 and abs(table.std() - 1) < 4 / math.sqrt(2 * table.size)
