@@ -13,6 +13,7 @@ from nn.dropout import Dropout
 from nn.ema import EMA
 from nn.embedding import Embedding, timestep_embedding
 from nn.gradcheck import gradcheck
+from nn.head import Head
 from nn.linear import Linear
 from nn.mlp import MLP
 from nn.module import Module
@@ -21,6 +22,6 @@ from nn.optim import Adam, clip_grad_norm
 from nn.resample import Downsample, Upsample
 from nn.unet import UNet
 
-__all__ = ["Adam", "Classifier", "Conv2d", "Downsample", "Dropout", "EMA", "Embedding", "GroupNorm", "Linear", "MLP",
-           "Module", "SelfAttention", "SiLU", "UNet", "Upsample", "clip_grad_norm", "gradcheck", "load", "save",
+__all__ = ["Adam", "Classifier", "Conv2d", "Downsample", "Dropout", "EMA", "Embedding", "GroupNorm", "Head", "Linear",
+           "MLP", "Module", "SelfAttention", "SiLU", "UNet", "Upsample", "clip_grad_norm", "gradcheck", "load", "save",
            "softmax_cross_entropy", "timestep_embedding"]

@@ -116,12 +116,19 @@ class UNet(Module):
             skip = skips.pop()
             widths.append(h.shape[3])
             h = stage(xp.concatenate([h, skip], axis=3), embedded)
-        h = self.output(self.norm(h))
-        return self._remember(xp.ascontiguousarray(h.transpose(2, 0, 1, 3)), (embedded, widths))
+        y = self.output(self.norm(h))
+        return self._remember(xp.ascontiguousarray(y.transpose(2, 0, 1, 3)), (embedded, widths, h))
+
+    @property
+    def features(self):
+        """What the last forward made its output of, (H, W, N, base_channels * channel_mults[0]): see `nn.Head`."""
+        if self._cache is None:
+            raise RuntimeError("UNet.features: call forward first")
+        return self._cache[2]
 
     def backward(self, dy, *, params=True):
         """dx (N, H, W, C) from dy (N, H, W, out_channels): the vector-Jacobian product of the last forward."""
-        embedded, widths = self._recall(dy)
+        embedded, widths, _ = self._recall(dy)
         xp = array_module(dy)
         dembedded = xp.zeros_like(embedded) if params else None
         dh = self.output.backward(xp.ascontiguousarray(dy.transpose(1, 2, 0, 3)), params=params)
