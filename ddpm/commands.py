@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import warnings
+from functools import partial
 
 from ddpm.errors import UserError, sentence
 
@@ -24,11 +25,23 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; '{self.prog} --help' explains the flags\n")
 
 
+VARIANCES = ("large", "small", "learned", "analytic", "residual", "sn", "npr", "ocm", "hutchinson", "diagonal", "full")
+"""The names of `ddpm.covariance.METHODS`; said here too, so that a parser needs nothing of what they are made of."""
+
+
+SPACINGS = ("uniform", "quadratic", "trailing")
+
+
 def add_model_flags(parser, seed_help):
     """The flags that every command about a trained model takes; see `open_run`."""
     parser.add_argument("run", metavar="RUN", help="folder of a training run")
-    parser.add_argument("--variance", choices=("large", "small", "learned"),
-                        help="reverse variance (default: small for ddpm, learned for the others)")
+    parser.add_argument("--variance", choices=VARIANCES, metavar="NAME", help="reverse variance: large, small, learned "
+                        "(by the model, each pixel); analytic or residual (a number for each t, measured on the "
+                        "training images once and kept in RUN); sn, npr or ocm (learned by the head of that run); "
+                        "hutchinson, diagonal or full (from the network's derivative, slow) (default: small for ddpm, "
+                        "learned for the others)")
+    parser.add_argument("--probes", type=int, metavar="M", help="with --variance hutchinson: random probes a step, two "
+                        "passes each (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=f"{seed_help} (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the arrays live (default: cpu)")
     parser.add_argument("--workers", type=int, default=0, metavar="N",
@@ -38,12 +51,23 @@ def add_model_flags(parser, seed_help):
 def open_run(flags):
     """The RunFolder that the flags name, after checking the flags of `add_model_flags` against it; UserError."""
     from ddpm.runs import RunFolder
+    from ddpm.variance import check_variance
     run = RunFolder.open(flags.run)
     if flags.seed < 0 or flags.workers < 0:
         raise UserError("--seed and --workers must be at least 0")
-    if flags.variance == "learned" and run.config.model == "ddpm":
-        raise UserError("--variance learned needs a model that has one (gddm or iddpm); use large or small")
+    if flags.probes is not None and (flags.variance != "hutchinson" or flags.probes < 1):
+        raise UserError(f"--probes is a number from 1 up that belongs to --variance hutchinson, got {flags.probes}")
+    check_variance(flags.variance, run.config, getattr(flags, "sampler", "ddpm"))
     return run
+
+
+def open_variance(flags, run, denoiser, dataset):
+    """The reverse variance that the flags ask for, prepared; `dataset()` is called if its images are needed."""
+    from ddpm.parallel import make_group
+    from ddpm.variance import prepare_variance
+    return prepare_variance(flags.variance, run, denoiser, dataset,
+                            group=partial(make_group, flags.workers or None, flags.device), probes=flags.probes or 1,
+                            bar=partial(progress_bar, run.config.T, "statistics", "time"))
 
 
 def progress_bar(total, description, unit, shown=True):

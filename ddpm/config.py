@@ -14,6 +14,8 @@ EXAMPLE = """example, small enough for a laptop:
   python -m ddpm.train --model gddm --data digits --T 100 --steps 500 --out runs/first
 larger, on a GPU:
   python -m ddpm.train --model gddm --data cifar10 --device cuda --base-channels 96 --batch-size 128 --steps 200000
+a variance for a mean that is trained already:
+  python -m ddpm.train --model ocm --from runs/ddpm-mnist5k-1
 """
 
 Ints = tuple[int, ...]
@@ -29,7 +31,11 @@ class TrainConfig:
     """Everything a training run depends on; ValueError, naming flag and value, for a setting that makes no sense."""
 
     model: str = setting("gddm", "model", "what the network says about x_0: ddpm its mean, iddpm also the reverse "
-                         "variance, gddm a Gaussian p(x_0|x_t)", choices=("ddpm", "iddpm", "gddm"))
+                         "variance, gddm a Gaussian p(x_0|x_t); sn, npr and ocm are small heads that learn the "
+                         "variance of a network that is trained already, see --from",
+                         choices=("ddpm", "iddpm", "gddm", "sn", "npr", "ocm"))
+    backbone: str = setting("own", "model", "what the network below a head of sn, npr or ocm was trained as; --from "
+                            "sets it", choices=("own", "ddpm", "iddpm", "gddm"))
     objective: str = setting("default", "model", "training loss, the model's first by default (gddm that predicts v: "
                              "balanced-v); ddpm: simple, vlb; iddpm: hybrid, vlb; gddm: balanced, balanced-v, kl (as "
                              "published), pairs, simple+kl")
@@ -93,8 +99,18 @@ class TrainConfig:
         self._check("lr", self.lr > 0, "above 0")
         self._check("label_dropout", 0 < self.label_dropout < 1, "above 0 and below 1 (guidance needs both)")
         self._check("objective", self.objective, "a name")
+        self._check_head()
         self._check("data", self.data, "the name of a data set")
         self._check_network()
+
+    def _check_head(self):
+        if self.model in ("sn", "npr", "ocm"):
+            if self.backbone == "own":
+                raise ValueError(f"--model {self.model} is a head on a trained network: name that network's run with "
+                                 "--from RUN")
+            self._check("objective", self.objective == "default", f"left out (the head of {self.model} has one loss)")
+        else:
+            self._check("backbone", self.backbone == "own", f"left out (model {self.model} trains its own network)")
 
     def _check_network(self):
         levels = range(len(self.channel_mults))

@@ -142,7 +142,7 @@ def negative_bound(x0, reverse, schedule, rng, timesteps=None, *, bin_width=2 / 
     -------
     Bound(prior, steps, decoder), nats per example. ValueError for timesteps that don't descend within 1..T.
     """
-    times = _descending(timesteps, schedule)
+    times = descending(timesteps, schedule)
     steps = array_module(x0).empty((len(times) - 1, len(x0)), dtype=np.float64)
     for k, (t, s) in enumerate(zip(times, times[1:], strict=False)):
         steps[k] = _pair_nats(x0, s, t, reverse, schedule, rng, bin_width)
@@ -173,7 +173,7 @@ def sampled_bound(x0, reverse, schedule, rng, timesteps=None, *, prior_var=None)
 
     Its mean is -negative_bound(..., bin_width=None).total. For the exact reverse process it is log p(x_0) on any path.
     """
-    times = _descending(timesteps, schedule)
+    times = descending(timesteps, schedule)
     value, x_s, s = 0.0, x0, 0
     for t in reversed(times):
         lam_ts, sigma2_ts = schedule.between(s, t)
@@ -211,7 +211,8 @@ def _sum(values):
     return values.reshape(len(values), -1).sum(axis=1, dtype=np.float64)
 
 
-def _descending(timesteps, schedule):
+def descending(timesteps, schedule):
+    """The timesteps as a list of ints, T..1 for None; ValueError unless they descend within T..1."""
     times = [int(t) for t in (range(schedule.T, 0, -1) if timesteps is None else timesteps)]
     descending = all(s < t for t, s in zip(times, times[1:], strict=False))
     if not times or times[0] > schedule.T or times[-1] < 1 or not descending:

@@ -1,12 +1,11 @@
 """Drawing images from a trained model, shared out over processes; which image comes out depends on seed and number."""
 
-from functools import partial
-
 import numpy as np
 
 from ddpm import samplers
+from ddpm.covariance import ReverseCovariance
 from ddpm.guidance import Guided
-from ddpm.models import network_input
+from ddpm.network_denoiser import network_input
 from ddpm.randomness import SampleStreams
 from nn.backend import array_module, to_host
 
@@ -14,15 +13,18 @@ SAMPLERS = ("ddpm", "ddim", "dpm-solver")
 
 
 def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance, seed=0, chunk=16, clip=(-1, 1),
-                progress=None, labels=None, guidance_scale=1.0, sampler="ddpm", eta=0.0, spacing="uniform"):
+                progress=None, labels=None, guidance_scale=1.0, sampler="ddpm", eta=0.0, spacing="uniform",
+                last_variance=None, first=0):
     """`num` images in [-1, 1], float32 on the host, (num, H, W, C), in `steps` steps of a sampler (L05, C15, C16, U13).
 
-    Image i is a function of (seed, i): of neither the number of images, nor the chunks, nor the processes. With
-    `labels` (num,), on the host, it is also one of labels[i] and the scale: the noise is that of any other label (C20).
-    `sampler`, `variance` and `eta` are those of `find_sampler`, `spacing` that of `NoiseSchedule.timesteps`.
+    They are the images first, first + 1, ... of the seed. Image i is a function of (seed, i): of neither the number of
+    images, nor the chunks, nor the processes. With `labels` (num,), on the host, it is also one of its label and of the
+    scale: the noise is that of any other label (C20).
+    `sampler`, `variance`, `eta` and `last_variance` are those of `find_sampler`, `spacing` that of
+    `NoiseSchedule.timesteps`.
     """
     images = group.shared_array((num, *image_shape))
-    timesteps, run = schedule.timesteps(steps, spacing), find_sampler(sampler, variance, eta)
+    timesteps, run = schedule.timesteps(steps, spacing), find_sampler(sampler, variance, eta, last_variance)
 
     def work(group):
         mine = group.shard(num)
@@ -35,7 +37,8 @@ def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance,
                     progress(passes)
 
             model = _labelled(denoiser, labels, part, guidance_scale)
-            images[part.start:part.stop] = _draw(run, model, schedule, image_shape, part, timesteps, seed, clip,
+            numbers = range(first + part.start, first + part.stop)
+            images[part.start:part.stop] = _draw(run, model, schedule, image_shape, numbers, timesteps, seed, clip,
                                                  array_module(images), tick)
         group.barrier()
 
@@ -44,7 +47,7 @@ def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance,
 
 
 def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0, show=8, clip=(-1, 1), xp=np,
-               labels=None, guidance_scale=1.0, sampler="ddpm", eta=0.0, spacing="uniform"):
+               labels=None, guidance_scale=1.0, sampler="ddpm", eta=0.0, spacing="uniform", last_variance=None):
     """What a model with a variance thinks on the way to its first `num` images, at `show` times from T to 1 (G10).
 
     Returns (times, x_t, mean_x0, std_x0): a list of ints and three host arrays (show, num, H, W, C). x_t is scaled as
@@ -61,8 +64,8 @@ def trajectory(denoiser, schedule, image_shape, num, *, steps, variance, seed=0,
             seen.append((step.t, *(to_host(a) for a in (x_t, step.prediction.x0, std))))
 
     model = _labelled(denoiser, labels, range(num), guidance_scale)
-    _draw(find_sampler(sampler, variance, eta), model, schedule, image_shape, range(num), timesteps, seed, clip, xp,
-          remember)
+    _draw(find_sampler(sampler, variance, eta, last_variance), model, schedule, image_shape, range(num), timesteps,
+          seed, clip, xp, remember)
     times, *arrays = zip(*seen, strict=True)
     return list(times), *(np.stack(a) for a in arrays)
 
@@ -76,19 +79,28 @@ def _draw(sampler, denoiser, schedule, image_shape, samples, timesteps, seed, cl
     streams = SampleStreams(seed, 0, list(samples), purpose="sampling", xp=xp)
     noise = streams.standard_normal((len(samples), *image_shape), dtype=np.float32)
     x_T = float(schedule.marginal_var[timesteps[0]])**0.5 * noise               # the prior of the bound (elbo.prior_kl)
-    return sampler(denoiser, schedule, x_T, timesteps=timesteps, rng=streams, clip=clip, callback=callback)
+    probes = SampleStreams(seed, 0, list(samples), purpose="probes", xp=xp)
+    return sampler(denoiser, schedule, x_T, timesteps=timesteps, rng=streams, probes=probes, clip=clip,
+                   callback=callback)
 
 
-def find_sampler(name, variance, eta=0.0):
-    """The sampler of a name in SAMPLERS as a function of (denoiser, schedule, x_T, *, timesteps, rng, clip, callback).
+def find_sampler(name, variance, eta=0.0, last_variance=None):
+    """The sampler of a name in SAMPLERS as a function of (denoiser, schedule, x_T, *, timesteps, rng, probes, clip,
+    callback).
 
-    `variance` is DDPM's, and what DDIM adds to its own (None: nothing); `eta` is DDIM's; "dpm-solver", of second order,
-    draws no noise and takes neither. ValueError for another name.
+    `variance` is DDPM's, and what DDIM adds to its own (None: nothing); `probes` is the generator of one that draws.
+    `eta` is DDIM's, `last_variance` that of both; "dpm-solver", of second order, draws no noise and takes none of them.
+    ValueError for another name.
     """
+    def bound(probes):
+        return variance.with_rng(probes) if isinstance(variance, ReverseCovariance) else variance
+
     if name == "ddpm":
-        return partial(samplers.ddpm, variance=variance)
+        return lambda *args, probes, **options: samplers.ddpm(
+            *args, variance=bound(probes), last_variance=last_variance, **options)
     if name == "ddim":
-        return partial(samplers.ddim, eta=eta, covariance=variance)
+        return lambda *args, probes, **options: samplers.ddim(
+            *args, eta=eta, covariance=bound(probes), last_variance=last_variance, **options)
     if name == "dpm-solver":
-        return lambda *args, rng, **options: samplers.dpm_solver_pp(*args, **options)
+        return lambda *args, probes, rng, **options: samplers.dpm_solver_pp(*args, **options)
     raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")

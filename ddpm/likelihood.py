@@ -7,7 +7,8 @@ the terms change fast, and each image draws one time per stratum:
     sum_t KL_t  ~  sum over strata [ (size of the stratum) x KL at a uniform time in it ]
 
 which is unbiased whatever the strata (L07 is the case of one stratum). With as many strata as steps it is the
-full sum.
+full sum. A chain of fewer steps, over some of the times, is another model with a bound of its own (C18); its steps are
+cut into strata in the same way.
 """
 
 from typing import Any, NamedTuple
@@ -23,17 +24,22 @@ from ddpm.randomness import SampleStreams
 from ddpm.samplers.ancestral import clip_x0
 from nn.backend import array_module, per_example, to_host
 
+DECODER_FLOOR = 1e-10
+"""Least variance of a decoder: a head may say 0, with which a pixel that is off by anything had no probability."""
+
 
 class Bits(NamedTuple):
     """Bits/dim per image, before anything is averaged: prior and decoder (N,), steps (strata, N).
 
-    `edges` (strata+1,) says which times a row of `steps` stands for: edges[k] <= t < edges[k+1].
+    `edges` (strata+1,) says which steps a row of `steps` stands for, those that end at the i-th time of the chain with
+    edges[k] <= i < edges[k+1]; `times` (K+1,) are the chain's times, 0 first, so that in a chain of all times i = t.
     """
 
     prior: Any
     steps: Any
     decoder: Any
     edges: Any
+    times: Any
 
     @property
     def total(self):
@@ -50,7 +56,7 @@ class Bits(NamedTuple):
 
 
 def time_strata(T, strata):
-    """Edges (strata+1,) that cut 2..T into that many runs of times (at most T-1), widening geometrically with t."""
+    """Edges (strata+1,) that cut 2..T into that many runs (at most T-1), widening geometrically."""
     edges = np.unique(np.rint(np.geomspace(2, T + 1, min(strata, T - 1) + 1)).astype(int))
     while len(edges) - 1 < min(strata, T - 1):              # rounding has merged the narrow ones: split the widest
         widest = np.argmax(np.diff(edges))
@@ -84,14 +90,16 @@ def reverse_model(denoiser, schedule, variance, clip=None, decoder="model"):
             var = per_example(fixed_variance("small", s, t, schedule), x_t)
         else:
             var = covariance(denoiser, raw, x_t, s, t, schedule)
+            if np.all(np.asarray(s) == 0):
+                var = shapes.clip(var, DECODER_FLOOR, None, x_t)
         shaped = shapes.is_full(var, x_t) or getattr(var, "shape", None) == x_t.shape
         return mean, var if shaped else array_module(x_t).ones_like(x_t) * var
     return reverse
 
 
-def image_bits(denoiser, schedule, x0, *, variance, bin_width, strata=64, seed=0, first=0, clip=(-1, 1),
+def image_bits(denoiser, schedule, x0, *, variance, bin_width, timesteps=None, strata=64, seed=0, first=0, clip=(-1, 1),
                decoder="model"):
-    """Bits/dim of images under a model, term by term (L06, L07, L09).
+    """Bits/dim of images under a model, term by term (L06, L07, L09, C18).
 
     Parameters
     ----------
@@ -100,6 +108,8 @@ def image_bits(denoiser, schedule, x0, *, variance, bin_width, strata=64, seed=0
         See `reverse_model`.
     bin_width : float or None
         Distance of two neighbouring pixel levels (None: bits of a density).
+    timesteps : descending integers in 1..T, or None for all
+        The chain that is measured: that of a sampler with these timesteps.
     strata : int
         Network passes per image, besides the decoder's.
     seed, first : int
@@ -107,13 +117,16 @@ def image_bits(denoiser, schedule, x0, *, variance, bin_width, strata=64, seed=0
 
     Returns
     -------
-    Bits, on the host.
+    Bits, on the host. ValueError for timesteps that don't descend within 1..T.
     """
     dims = int(np.prod(x0.shape[1:]))
     samples = np.arange(first, first + len(x0))
     streams = SampleStreams(seed, 0, samples, purpose="bits per dim", xp=array_module(x0))
+    probes = SampleStreams(seed, 0, samples, purpose="probes", xp=array_module(x0))
     draw_time = SampleStreams(seed, 0, samples, purpose="times")
-    reverse, edges = reverse_model(denoiser, schedule, variance, clip, decoder), time_strata(schedule.T, strata)
+    reverse = reverse_model(denoiser, schedule, as_reverse_covariance(variance).with_rng(probes), clip, decoder)
+    times = np.array([0, *elbo.descending(timesteps, schedule)[::-1]])
+    edges = time_strata(len(times) - 1, strata)
 
     def noisy(t):
         return schedule.add_noise(x0, t, streams.standard_normal(x0.shape, dtype=x0.dtype))
@@ -123,24 +136,28 @@ def image_bits(denoiser, schedule, x0, *, variance, bin_width, strata=64, seed=0
 
     steps = np.empty((len(edges) - 1, len(x0)))
     for k, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-        t = draw_time.integers(low, high)
+        i = draw_time.integers(low, high)
+        s, t = times[i - 1], times[i]
         x_t = noisy(t)
-        steps[k] = (high - low) * per_image(elbo.step_kl(x0, x_t, *reverse(x_t, t - 1, t), t - 1, t, schedule))
-    one = np.ones(len(x0), dtype=int)
-    decoder = per_image(elbo.decoder_nats(x0, *reverse(noisy(one), 0 * one, one), bin_width))
-    return Bits(per_image(elbo.prior_kl(x0, schedule)), steps, decoder, edges)
+        steps[k] = (high - low) * per_image(elbo.step_kl(x0, x_t, *reverse(x_t, s, t), s, t, schedule))
+    zero = np.zeros(len(x0), dtype=int)
+    decoder = per_image(elbo.decoder_nats(x0, *reverse(noisy(zero + times[1]), zero, zero + times[1]), bin_width))
+    return Bits(per_image(elbo.prior_kl(x0, schedule, int(times[-1]))), steps, decoder, edges, times)
 
 
-def evaluate_bits(denoiser, schedule, images, scale, group, *, chunk=16, progress=None, **options):
+def evaluate_bits(denoiser, schedule, images, scale, group, *, chunk=16, timesteps=None, strata=64, progress=None,
+                  **options):
     """`image_bits` of uint8 images, shared out over the ranks of a group; arguments as there."""
-    n, strata = len(images), len(time_strata(schedule.T, options.get("strata", 64))) - 1
-    rows = group.shared_array((n, strata + 2), np.float64)
+    n, times = len(images), np.array([0, *elbo.descending(timesteps, schedule)[::-1]])
+    edges = time_strata(len(times) - 1, strata)
+    rows = group.shared_array((n, len(edges) + 1), np.float64)
 
     def work(group):
         mine = group.shard(n)
         for start in range(mine.start, mine.stop, chunk):
             part = slice(start, min(start + chunk, mine.stop))
-            bits = image_bits(denoiser, schedule, scale(images[part]), first=start, **options)
+            bits = image_bits(denoiser, schedule, scale(images[part]), first=start, timesteps=timesteps, strata=strata,
+                              **options)
             rows[part] = np.column_stack([bits.prior, bits.decoder, bits.steps.T])
             if progress and group.rank == 0:
                 before, after = ((i - mine.start) * n // (mine.stop - mine.start) for i in (part.start, part.stop))
@@ -149,4 +166,4 @@ def evaluate_bits(denoiser, schedule, images, scale, group, *, chunk=16, progres
 
     group.run(work)
     rows = to_host(rows)
-    return Bits(rows[:, 0], rows[:, 2:].T, rows[:, 1], time_strata(schedule.T, strata))
+    return Bits(rows[:, 0], rows[:, 2:].T, rows[:, 1], edges, times)

@@ -1,8 +1,10 @@
-"""The three models by name: how many outputs the network has, what it is trained on, and how its output is read.
+"""The models by name: how many outputs the network has, what it is trained on, and the way back from a run folder.
 
     ddpm     eps                      reverse variance fixed
     iddpm    eps, v                   reverse variance between the two fixed ones (C05)
     gddm     eps, log Var[eps]        p(x_0 | x_t) is a Gaussian, and the reverse variance follows from it (G03)
+    sn, npr, ocm                      a trained network of the above, held fixed, and a head that learns its Var[eps]
+                                      (C10, C12): see `ddpm.heads`
 
 An objective is a function (output, batch, schedule, bin_width) -> (values (N,), gradient of their sum). Each model's
 first one is its default.
@@ -10,14 +12,14 @@ first one is its default.
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ddpm import ddpm, gddm, iddpm
-from ddpm.denoiser import Denoiser, Prediction
-from ddpm.parameterization import eps_from_v, eps_from_v_derivatives, x0_from_eps
+from ddpm.heads import HEADS
+from ddpm.network_denoiser import HeadedDenoiser, NetworkDenoiser, network_input  # noqa: F401
+from ddpm.parameterization import eps_from_v_derivatives
 from ddpm.randomness import generator
 from ddpm.schedule import NoiseSchedule
-from nn.backend import array_module, per_example
+from nn.backend import per_example
+from nn.head import Head
 from nn.unet import UNet
 
 
@@ -109,12 +111,27 @@ def build_schedule(config):
     return SCHEDULES[config.schedule](config.T)
 
 
-def build_network(config, channels, rng, *, num_classes=None):
-    """The U-Net that a configuration describes, for images with `channels` channels."""
-    return UNet(channels, OUTPUTS[config.model] * channels, base_channels=config.base_channels,
+def build_network(config, channels, *, num_classes=None):
+    """The U-Net that a configuration describes, for images with `channels` channels; of a head's run, the backbone."""
+    model = config.model if config.backbone == "own" else config.backbone
+    return UNet(channels, OUTPUTS[model] * channels, base_channels=config.base_channels,
                 channel_mults=config.channel_mults, blocks_per_level=config.blocks_per_level,
                 attention_levels=config.attention_levels, heads=config.heads, groups=config.groups,
-                dropout=config.dropout, num_classes=num_classes, rng=rng)
+                dropout=config.dropout, num_classes=num_classes, rng=generator(config.seed, "weights"))
+
+
+def build_head(config, channels):
+    """The head that a configuration of sn, npr or ocm describes, for images with `channels` channels."""
+    return Head(config.base_channels * config.channel_mults[0], channels, groups=config.groups,
+                rng=generator(config.seed, "head"))
+
+
+def build_denoiser(config, network, head=None):
+    """A network, and for sn, npr and ocm a head, as the denoiser that a configuration describes."""
+    schedule, prediction = build_schedule(config), config.network_predicts
+    if head is None:
+        return NetworkDenoiser(network, config.model, schedule, prediction)
+    return HeadedDenoiser(network, config.backbone, schedule, head, config.model, prediction)
 
 
 def load_denoiser(run, device="cpu"):
@@ -124,90 +141,17 @@ def load_denoiser(run, device="cpu"):
     `label_names`. UserError, in one sentence, where the checkpoint is missing, cut off or of another configuration.
     """
     arrays, metadata = run.load_checkpoint()
-    num_classes = len(metadata["label_names"]) if run.config.conditional else None
-    network = build_network(run.config, metadata["image_shape"][2], generator(run.config.seed, "weights"),
-                            num_classes=num_classes)
-    network.load({name.removeprefix("ema/"): a for name, a in arrays.items() if name.startswith("ema/")})
-    config = run.config
-    return NetworkDenoiser(network.to(device), config.model, build_schedule(config), config.network_predicts), metadata
+    config, channels = run.config, metadata["image_shape"][2]
+    network = build_network(config, channels, num_classes=len(metadata["label_names"]) if config.conditional else None)
+    if config.model not in HEADS:
+        network.load(arrays_below("ema/", arrays))
+        return build_denoiser(config, network.to(device)), metadata
+    network.load(arrays_below("backbone/", arrays))
+    head = build_head(config, channels)
+    head.load(arrays_below("ema/", arrays))
+    return build_denoiser(config, network.to(device), head.to(device)), metadata
 
 
-# ---- at the network's doors: what goes in has unit variance, and what comes out is read as noise (L22)
-
-def network_input(x_t, t, schedule):
-    """x_t / sqrt(marginal_var_t), of unit variance for data of unit variance: x_t itself where variance preserving."""
-    return x_t if schedule.is_variance_preserving else x_t / per_example(np.sqrt(schedule.marginal_var[t]), x_t)
-
-
-def noise_output(output, x_t, t, schedule, prediction):
-    """The network's output with its first C channels as eps, where it predicts v (see `ddpm.parameterization`).
-
-    An error of v is at most of its own size in x_0; an error of eps grows by sigma_bar / lam_bar, which at t = T is a
-    hundred and more. A network that predicts v starts from eps = sigma_bar x_t / marginal_var, right for pure noise.
-    """
-    if prediction == "eps":
-        return output
-    eps = eps_from_v(output[..., :x_t.shape[-1]], x_t, t, schedule)
-    return array_module(output).concatenate([eps, output[..., x_t.shape[-1]:]], axis=-1)
-
-
-def noise_output_backward(gradient, x_t, t, schedule, prediction):
-    """The gradient with respect to the network's output, from that of `noise_output`, which it overwrites."""
-    if prediction == "v":
-        _, of_v = eps_from_v_derivatives(t, schedule)
-        gradient[..., :x_t.shape[-1]] *= per_example(of_v, x_t)
-    return gradient
-
-
-class NetworkDenoiser(Denoiser):
-    """A trained network as a denoiser; `model` says how to read its output.
-
-    Parameters
-    ----------
-    network : UNet or MLP
-        Called as network(network_input(x_t, t, schedule), t), with labels as a third argument where there are any;
-        channels of x_t last.
-    model : "ddpm", "iddpm" or "gddm"
-    schedule : NoiseSchedule
-    prediction : "eps" or "v"
-        What the network's first output is.
-    """
-
-    def __init__(self, network, model, schedule, prediction="eps"):
-        super().__init__(schedule)
-        self.network, self.model, self.prediction = network.eval(), model, prediction
-
-    def predict(self, x_t, t, labels=None):
-        """Prediction for x_t at time t, an int or (N,) host integers; var_x0 for gddm, v for iddpm.
-
-        `labels` (an int or (N,) host integers) are for networks that were trained with them; samplers and metrics,
-        which know of none, are given a `ddpm.guidance.Guided` (C20).
-        """
-        self.evaluations += len(x_t)
-        output = noise_output(self._output(x_t, t, labels), x_t, t, self.schedule, self.prediction)
-        eps, head = output[..., :x_t.shape[-1]], output[..., x_t.shape[-1]:]
-        if self.model == "ddpm":
-            return Prediction(eps=eps, x0=x0_from_eps(eps, x_t, t, self.schedule))
-        if self.model == "iddpm":
-            return Prediction(eps=eps, x0=x0_from_eps(eps, x_t, t, self.schedule), v=head)
-        var_eps = array_module(head).exp(gddm.log_variance(head)[0])
-        mean_x0, var_x0 = gddm.noise_to_data(eps, var_eps, x_t, t, self.schedule)
-        return Prediction(eps=eps, x0=mean_x0, var_x0=var_x0, var_eps=var_eps)
-
-    def vjp(self, x_t, t, v, labels=None):
-        """v times the Jacobian d eps / d x_t, by one hand-written backward pass that leaves the parameters alone."""
-        self.vjps += len(x_t)
-        output = self._output(x_t, t, labels)
-        if self.prediction == "eps":
-            return self._input_gradient(output, v, t)
-        of_x, of_v = (per_example(w, x_t) for w in eps_from_v_derivatives(t, self.schedule))
-        return of_x * v + self._input_gradient(output, of_v * v, t)
-
-    def _output(self, x_t, t, labels):
-        given = () if labels is None else (labels,)
-        return self.network(network_input(x_t, t, self.schedule), t, *given)
-
-    def _input_gradient(self, output, d_eps, t):
-        """The gradient of x_t from that of the first channels of the last `_output`."""
-        dx = self.network.backward(ddpm.output_gradient(output, d_eps=d_eps), params=False)
-        return network_input(dx, t, self.schedule)                              # scaling is its own transpose
+def arrays_below(prefix, arrays):
+    """The arrays whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}

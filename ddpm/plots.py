@@ -73,7 +73,7 @@ def bits_curve(bits):
     widths = np.diff(bits.edges)
     per_time = bits.steps / widths[:, None]
     mean, error = per_time.mean(axis=1), per_time.std(axis=1) / np.sqrt(per_time.shape[1])
-    middle = np.sqrt(bits.edges[:-1] * (bits.edges[1:] - 1))
+    middle = np.sqrt(bits.times[bits.edges[:-1]] * bits.times[bits.edges[1:] - 1])
     left.plot(middle, mean, color="black", drawstyle="steps-mid")
     left.fill_between(middle, mean - 2 * error, mean + 2 * error, color="0.8", step="mid")
     left.set(xscale="log", yscale="log", xlabel="t", ylabel="bits/dim per step")

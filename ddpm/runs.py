@@ -3,7 +3,7 @@
     config.json                        the TrainConfig
     metrics.jsonl                      one JSON object a line: step, loss, seconds, images_per_second, ...
     checkpoint.safetensors             the newest; checkpoint.previous.safetensors is the one before
-    samples.png, curves.png            pictures, written by the commands
+    samples.png, statistics, ...       what the commands add: pictures, and what `ddpm.variance` measures once
 
 Each file but metrics.jsonl is replaced in one step (`write_atomically`); metrics.jsonl only grows, and a line that a
 kill cut off is dropped by `truncate_log` on resuming. One process at a time may write: it holds `.lock`, which the

@@ -1,7 +1,8 @@
 """Train a model: python -m ddpm.train --model gddm
 
 Trains a U-Net with hand-written gradients on images, and leaves a run folder with the model, its samples, its bits per
-dimension and, for a model with a variance, a picture of its uncertainty.
+dimension and, for a model with a variance, a picture of its uncertainty. With --from it trains no network but a small
+head on the one in another run, which learns how far the prediction may be off: a variance for samples in few steps.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ def parser():
     where.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/MODEL-DATA-N); never overwritten")
     where.add_argument("--resume", metavar="RUN", help="go on with the run in that folder, with its own configuration; "
                        "settings that don't change what is trained (--steps, --workers, ...) may be given anew")
+    where.add_argument("--from", metavar="RUN", dest="base", help="with --model sn, npr or ocm: the run whose network "
+                       "the head stands on; its data and schedule come with it, and it stays as it is")
     configuration.add_flags(p)
     return p
 
@@ -30,9 +33,14 @@ def parser():
 def main(argv=None):
     """Train or resume as the flags say; returns the exit status."""
     flags = parser().parse_args(argv)
-    if flags.resume and flags.out:
-        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder")
+    if flags.resume and (flags.out or flags.base):
+        raise UserError(f"--{'out' if flags.out else 'from'} and --resume exclude each other: a resumed run stays in "
+                        "its folder, and a head on its network")
     from ddpm.runs import RunFolder
+    if flags.base:
+        from ddpm.head_training import head_config
+        base = RunFolder.open(flags.base)
+        return _train(head_config(base.config, base.path, configuration.given(flags)), None, flags.out, base)
     if not flags.resume:
         return _train(configuration.from_flags(flags), None, flags.out)
     with RunFolder.open(flags.resume, exclusive=True) as run:
@@ -44,31 +52,21 @@ def main(argv=None):
         return _train(wanted, run, None)
 
 
-def _train(config, run, out):
+def _train(config, run, out, base=None):
     from ddpm import data
-    from ddpm.models import find_objective
     from ddpm.parallel import WorkerDied, make_group
-    from ddpm.runs import CHECKPOINT, CONFIG, PREVIOUS, RunFolder, write_atomically
-    from ddpm.training import Trainer
+    from ddpm.runs import CONFIG, RunFolder, write_atomically
     from nn.backend import keep_freed_memory
     keep_freed_memory()
-    find_objective(config.model, config.objective)
+    _check_objective(config)
     group = make_group(config.workers or None, config.device)
     if group.size > config.batch_size:
         raise UserError(f"--batch-size {config.batch_size} leaves some of {group.size} workers without an image; "
                         "use fewer --workers")
     dataset = data.load(config.data, config.data_dir)
     _check_images(config, dataset)
-    trainer = Trainer(config, dataset, group)
-    start, spent = 0, 0.0
+    trainer, start, spent = _trainer(config, dataset, group, run, base)
     if run:
-        if any((run.path / name).exists() for name in (CHECKPOINT, PREVIOUS)):       # else killed before its first
-            arrays, metadata = run.load_checkpoint()
-            if metadata.get("label_names") != trainer.label_names:
-                raise UserError(f"--data {config.data} has other classes than this run was trained with "
-                                f"({', '.join(metadata['label_names'])}); put its pictures back or start a new run")
-            trainer.restore(arrays, metadata["counters"])
-            start, spent = metadata["step"], metadata["seconds"]
         run.truncate_log(start)
         write_atomically(run.path / CONFIG, lambda file: file.write(config.to_json().encode()))
         print(f"resuming {run.path} after step {start} of {config.steps}")
@@ -87,6 +85,34 @@ def _train(config, run, out):
             return 130
         _summarise(config, run, dataset)
     return 0
+
+
+def _check_objective(config):
+    """Raise for an objective that the model hasn't, before anything is loaded."""
+    from ddpm.models import find_objective
+    if config.backbone == "own":
+        find_objective(config.model, config.objective)
+
+
+def _trainer(config, dataset, group, run, base):
+    """(Trainer, step it starts after, seconds spent so far): new, on the network of `base`, or as `run` was saved."""
+    from ddpm.head_training import HeadTrainer, backbone_of
+    from ddpm.models import arrays_below
+    from ddpm.runs import CHECKPOINT, PREVIOUS
+    from ddpm.training import Trainer
+    saved = run and any((run.path / name).exists() for name in (CHECKPOINT, PREVIOUS))       # else killed before that
+    arrays, metadata = run.load_checkpoint() if saved or (run and config.backbone != "own") else (None, None)
+    if config.backbone == "own":
+        trainer = Trainer(config, dataset, group)
+    else:
+        trainer = HeadTrainer(config, dataset, group, arrays_below("backbone/", arrays) if run else backbone_of(base))
+    if not saved:
+        return trainer, 0, 0.0
+    if metadata.get("label_names") != trainer.label_names:
+        raise UserError(f"--data {config.data} has other classes than this run was trained with "
+                        f"({', '.join(metadata['label_names'])}); put its pictures back or start a new run")
+    trainer.restore(arrays, metadata["counters"])
+    return trainer, metadata["step"], metadata["seconds"]
 
 
 class _Session:
@@ -178,7 +204,8 @@ def _check_images(config, dataset):
 def _describe(config, dataset, trainer, run, group):
     H, W, C = dataset.image_shape
     classes = f" in {len(trainer.label_names)} classes" if config.conditional else ""
-    print(f"{config.model} on {config.data}: {len(dataset.train_images)} images of {H}x{W}x{C}{classes}, "
+    name = config.model if config.backbone == "own" else f"{config.model}, a head on a trained {config.backbone},"
+    print(f"{name} on {config.data}: {len(dataset.train_images)} images of {H}x{W}x{C}{classes}, "
           f"{trainer.network.num_parameters:,} parameters, T={config.T}, {group.size} worker{'s' * (group.size > 1)}")
     print(f"run folder: {run.path}")
 
@@ -189,13 +216,15 @@ def _summarise(config, run, dataset):
     from ddpm.models import default_variance, load_denoiser
     from ddpm.parallel import make_group
     from ddpm.report import draw_samples, measure_bits, one_of_each
+    from ddpm.variance import default_decoder
     denoiser, metadata = load_denoiser(run, config.device)
     variance = default_variance(config.model)
 
     def fresh():
         return make_group(config.workers or None, config.device)
 
-    bits = measure_bits(denoiser, dataset, SUMMARY_IMAGES, run.path, fresh(), variance=variance, strata=SUMMARY_STRATA)
+    bits = measure_bits(denoiser, dataset, SUMMARY_IMAGES, run.path, fresh(), variance=variance, strata=SUMMARY_STRATA,
+                        decoder=default_decoder(config, variance))
     plots.save(plots.training_curves(run.metrics(), f"{config.model} on {config.data}"), run.path / "curves.png")
     pictures = ["curves.png", "bits.png"]
     if config.samples:

@@ -11,15 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm.iddpm import ImportanceSampledTimes
-from ddpm.models import (
-    Batch,
-    build_network,
-    build_schedule,
-    find_objective,
-    network_input,
-    noise_output,
-    noise_output_backward,
-)
+from ddpm.models import Batch, build_network, build_schedule, find_objective
+from ddpm.network_denoiser import network_input, noise_output, noise_output_backward
 from ddpm.randomness import SampleStreams, generator
 from nn.backend import device_module, to_host
 from nn.dropout import Dropout
@@ -79,18 +72,21 @@ class Trainer:
     def __init__(self, config, dataset, group):
         self.config, self.dataset, self.group = config, dataset, group
         self.schedule, self.label_names = build_schedule(config), label_names(config, dataset)
-        self.objective = find_objective(config.model, config.objective, config.network_predicts)
         by_importance = (config.model, config.objective) == ("iddpm", "vlb")
         self.times = ImportanceSampledTimes(config.T) if by_importance else UniformTimes(config.T)
         self.xp = device_module(config.device)
-        rng, channels = generator(config.seed, "weights"), dataset.image_shape[2]
-        num_classes = len(self.label_names) if config.conditional else None
-        self.network = build_network(config, channels, rng, num_classes=num_classes).to(config.device)
+        self.network = self._build().to(config.device)
         n = self.network.num_parameters
         self.network.use_buffers(group.shared_array((n,)), group.rank_array((n,)))
         self.adam = Adam(self.network, config.lr, weight_decay=config.weight_decay,
                          state=(group.shared_array((n,)), group.shared_array((n,))))
         self.ema = EMA(self.network, config.ema, buffer=group.shared_array((n,)))
+
+    def _build(self):
+        """What learns, and with it the objective that it learns by."""
+        config = self.config
+        self.objective = find_objective(config.model, config.objective, config.network_predicts)
+        return build_network(config, self.dataset.image_shape[2], num_classes=len(self.label_names or ()) or None)
 
     # ---- one step
 
@@ -126,19 +122,24 @@ class Trainer:
     def _accumulate(self, number, indices, t, weight, rows):
         """Add the gradient of one micro-batch, as its part of the mean over the batch; returns its losses, (n,)."""
         positions = range(rows.start, rows.stop)
-        batch = self._batch(number, indices, t, positions)
+        batch, labels = self._batch(number, indices, t, positions), self._labels(number, indices, positions)
+        values, gradient, backward = self._loss(number, batch, labels, positions)
+        gradient *= self.xp.asarray((weight / self.config.batch_size).astype(np.float32)).reshape(-1, 1, 1, 1)
+        backward(gradient)
+        return to_host(values)
+
+    def _loss(self, number, batch, labels, positions):
+        """Losses (n,), the gradient of their sum, and the function that carries it back to the parameters."""
         if self.config.dropout:
             masks = DropoutDraws(self.config.seed, number, positions)
             for module in self.network.modules():
                 if isinstance(module, Dropout):
                     module.rng = masks
         where = batch.x_t, batch.t, self.schedule, self.config.network_predicts
-        shown, labels = network_input(batch.x_t, batch.t, self.schedule), self._labels(number, indices, positions)
+        shown = network_input(batch.x_t, batch.t, self.schedule)
         output = noise_output(self.network(shown, batch.t, labels), *where)
         values, gradient = self.objective(output, batch, self.schedule, self.dataset.bin_width)
-        gradient *= self.xp.asarray((weight / self.config.batch_size).astype(np.float32)).reshape(-1, 1, 1, 1)
-        self.network.backward(noise_output_backward(gradient, *where))
-        return to_host(values)
+        return values, gradient, lambda gradient: self.network.backward(noise_output_backward(gradient, *where))
 
     def _batch(self, number, indices, t, positions):
         """The noisy images of some positions of batch `number`."""
@@ -152,7 +153,7 @@ class Trainer:
         if not self.config.conditional:
             return None
         left_out = self._streams(number, positions, "label").random() < self.config.label_dropout
-        return np.where(left_out, self.network.num_classes, self.dataset.train_labels[indices])
+        return np.where(left_out, len(self.label_names), self.dataset.train_labels[indices])
 
     def _streams(self, number, positions, purpose):
         return SampleStreams(self.config.seed, number, positions, purpose=purpose)

@@ -96,7 +96,8 @@ class NoiseStatistics(NamedTuple):
     residual: Any
 
 
-def noise_statistics(denoiser, schedule, images, rng, *, per_time=None, scale=None, batch=256, progress=None):
+def noise_statistics(denoiser, schedule, images, rng, *, per_time=None, times=None, scale=None, batch=256,
+                     progress=None):
     """Means over data and fresh noise at every t = 1..T, in T per_time network passes (C06, C09).
 
     Parameters
@@ -106,6 +107,8 @@ def noise_statistics(denoiser, schedule, images, rng, *, per_time=None, scale=No
     rng : numpy Generator or CuPy Generator
     per_time : int from 1 to n, or None for all
         Images at each t: every n/per_time-th, starting one further for each t, so that all of them have their turn.
+    times : integers in 1..T, or None for all
+        Where the means are wanted: a part of the work. Elsewhere they are 0.
     batch : int
         Images in one pass, of several times where per_time is small.
     progress : function of a number of images, or None
@@ -119,11 +122,12 @@ def noise_statistics(denoiser, schedule, images, rng, *, per_time=None, scale=No
     per_time = n if per_time is None else per_time
     if not 1 <= per_time <= n:
         raise ValueError(f"per_time must be an integer from 1 to the number of images, {n}, got {per_time}")
-    times = np.repeat(np.arange(1, schedule.T + 1), per_time)
-    rows = (times - 1 + np.tile(np.arange(per_time) * n // per_time, schedule.T)) % n
+    wanted = np.arange(1, schedule.T + 1) if times is None else np.asarray(times)
+    every = np.repeat(wanted, per_time)
+    rows = (every - 1 + np.tile(np.arange(per_time) * n // per_time, len(wanted))) % n
     sums = np.zeros((2, schedule.T + 1))
-    for start in range(0, len(times), batch):
-        t = times[start:start + batch]
+    for start in range(0, len(every), batch):
+        t = every[start:start + batch]
         chosen = images[array_module(images).asarray(rows[start:start + batch])]
         x0 = chosen if scale is None else scale(chosen)
         eps = normal_like(x0, rng)

@@ -56,6 +56,21 @@ class ReverseCovariance:
         posterior = schedule.posterior(s, t) if posterior is None else posterior
         return shapes.step_covariance(posterior, self.of_x0(denoiser, prediction, x_t, t), x_t)
 
+    def with_rng(self, rng):
+        """The same, drawing from `rng` where it draws at all: those who know which samples x_t are give their own."""
+        return self
+
+
+class ProbedCovariance(ReverseCovariance):
+    """From Hutchinson's random probes, whose signs come from `rng` (C11)."""
+
+    def __init__(self, probes, rng, **clipping):
+        super().__init__(sources.probes(probes, rng), **clipping)
+        self.probes = probes
+
+    def with_rng(self, rng):
+        return ProbedCovariance(self.probes, rng, largest=self.largest, average=self.average)
+
 
 class FixedVariance(ReverseCovariance):
     """The variances that depend on the times only, "large" or "small" (C04), with their rule at s = 0."""
@@ -144,9 +159,10 @@ def reverse_covariance(name, *, statistics=None, head=None, rng=None, probes=1, 
         return FixedVariance(name)
     if name == "learned":
         return LearnedVariance(largest=largest, average=average)
+    if name == "hutchinson":
+        return ProbedCovariance(probes, rng, largest=largest, average=average)
     source = {"analytic": lambda: sources.score_form(statistics),
               "residual": lambda: sources.residual_form(statistics),
-              "hutchinson": lambda: sources.probes(probes, rng),
               "diagonal": lambda: sources.exact_diagonal,
               "full": lambda: sources.exact_full(limit),
               "sn": lambda: sources.squared_noise_head(head),

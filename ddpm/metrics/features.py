@@ -61,5 +61,23 @@ def classifier_frechet(classifier, images, others):
     return frechet_distance(*moments(image_features(classifier, images)), *moments(image_features(classifier, others)))
 
 
+def jackknifed_frechet(features, mu, cov, groups=16):
+    """Frechet distance of features (N, F) to N(mu, cov) without the bias of a small N, and its standard error (C18).
+
+    The bias of a distance between estimated moments falls as 1/N. Leaving out each of `groups` interleaved parts in
+    turn shows it: with d the distance of all features and d_i that without part i, groups d - (groups-1) mean d_i is
+    free of it to first order, and the scatter of the d_i is the error. What is left at N = 128 and F = 64 is a few per
+    cent of the distance of real images to themselves. ValueError for fewer than 2 features a part.
+    """
+    if len(features) < 2 * groups:
+        raise ValueError(f"jackknifed_frechet needs at least {2 * groups} features for {groups} parts, "
+                         f"got {len(features)}")
+    whole = frechet_distance(*moments(features), mu, cov)
+    without = np.array([frechet_distance(*moments(np.delete(features, np.s_[i::groups], axis=0)), mu, cov)
+                        for i in range(groups)])
+    error = ((groups - 1) / groups * ((without - without.mean())**2).sum())**0.5
+    return groups * whole - (groups - 1) * float(without.mean()), float(error)
+
+
 def _shipped(name):
     return (WEIGHTS / f"{name}.safetensors").exists()

@@ -122,7 +122,7 @@ def test_importing_the_configuration_is_light():
     ({"conditional": "yes"}, "--conditional must be true or false, got 'yes'"),
     ({"weight_decay": -1}, "--weight-decay must be at least 0, got -1.0"),
     ({"seed": -3}, "--seed must be at least 0, got -3"), ({"workers": -1}, "--workers must be at least 0, got -1"),
-    ({"model": "gan"}, "--model must be one of ddpm, iddpm, gddm, got 'gan'"),
+    ({"model": "gan"}, "--model must be one of ddpm, iddpm, gddm, sn, npr, ocm, got 'gan'"),
     ({"schedule": ["linear"]}, "--schedule must be one of linear, cosine, variance-exploding, sub-vp, got ['l"),
     ({"device": "tpu"}, "--device must be one of cpu, cuda, got 'tpu'"),
     ({"data": ""}, "--data must be the name of a data set"),

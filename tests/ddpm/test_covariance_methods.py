@@ -13,7 +13,7 @@ from ddpm.ddpm import fixed_variance
 from ddpm.denoiser import Denoiser, Prediction
 from ddpm.iddpm import reverse_log_variance
 from ddpm.mixture import GaussianMixture
-from ddpm.models import NetworkDenoiser
+from ddpm.network_denoiser import NetworkDenoiser
 from ddpm.samplers.ddim import ddim_posterior
 from ddpm.schedule import NoiseSchedule
 from nn.backend import array_module, to_host

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ddpm.covariance import hutchinson, ocm
 from ddpm.denoiser import Denoiser
 from ddpm.mixture import GaussianMixture
-from ddpm.models import NetworkDenoiser
+from ddpm.network_denoiser import NetworkDenoiser
 from ddpm.randomness import SampleStreams
 from nn.backend import array_module, to_host
 from nn.mlp import MLP

@@ -15,7 +15,8 @@ from ddpm.generate import draw_images
 from ddpm.guidance import Guided, MixtureDenoiser
 from ddpm.likelihood import image_bits
 from ddpm.mixture import GaussianMixture
-from ddpm.models import OUTPUTS, NetworkDenoiser, default_variance
+from ddpm.models import OUTPUTS, default_variance
+from ddpm.network_denoiser import NetworkDenoiser
 from ddpm.parallel import Alone
 from ddpm.parameterization import score_from_eps
 from ddpm.schedule import NoiseSchedule

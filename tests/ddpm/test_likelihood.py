@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ddpm import elbo
 from ddpm.denoiser import Denoiser
 from ddpm.likelihood import Bits, evaluate_bits, image_bits, reverse_model, time_strata
-from ddpm.models import NetworkDenoiser
+from ddpm.network_denoiser import NetworkDenoiser
 from ddpm.parallel import Alone, make_group
 from ddpm.schedule import NoiseSchedule
 from nn.unet import UNet
@@ -175,10 +175,11 @@ def test_runs_on_a_device(fake, rng):
 # ---- the summary
 
 def test_summary_is_means_and_a_standard_error():
-    bits = Bits(np.array([1.0, 3.0]), np.array([[1.0, 1.0], [2.0, 0.0]]), np.array([0.5, 0.5]), np.array([2, 3, 9]))
+    bits = Bits(np.array([1.0, 3.0]), np.array([[1.0, 1.0], [2.0, 0.0]]), np.array([0.5, 0.5]), np.array([2, 3, 9]),
+                np.arange(9))
     np.testing.assert_array_equal(bits.total, [4.5, 4.5])
     assert bits.summary() == {"bits_per_dim": 4.5, "prior": 2.0, "steps": 2.0, "decoder": 0.5, "standard_error": 0.0}
     assert all(type(part) is float for part in bits.summary().values()) and json.dumps(bits.summary())
     spread = bits._replace(prior=np.array([1.0, 5.0]))       # totals 4.5 and 6.5
     assert spread.summary()["standard_error"] == pytest.approx(1.0)
-    assert np.isnan(Bits(*(a[..., :1] for a in bits[:3]), bits.edges).summary()["standard_error"])
+    assert np.isnan(Bits(*(a[..., :1] for a in bits[:3]), *bits[3:]).summary()["standard_error"])

@@ -13,16 +13,13 @@ from ddpm.models import (
     OUTPUTS,
     SCHEDULES,
     Batch,
-    NetworkDenoiser,
     build_network,
     build_schedule,
     default_variance,
     find_objective,
     load_denoiser,
-    network_input,
-    noise_output,
-    noise_output_backward,
 )
+from ddpm.network_denoiser import NetworkDenoiser, network_input, noise_output, noise_output_backward
 from ddpm.runs import RunFolder, UserError
 from ddpm.schedule import NoiseSchedule
 from nn.ema import EMA
@@ -190,11 +187,11 @@ def test_the_default_is_the_first_and_unknown_names_are_told(model):
 @pytest.mark.parametrize("model", MODELS)
 def test_network_and_schedule_are_the_configurations(model, rng):
     config = dataclasses.replace(TINY, model=model, schedule="linear", T=50, dropout=0.1)
-    schedule, network = build_schedule(config), build_network(config, 3, rng)
+    schedule, network = build_schedule(config), build_network(config, 3)
     np.testing.assert_array_equal(schedule.sigma2, NoiseSchedule.linear(50).sigma2)
     np.testing.assert_array_equal(build_schedule(TINY).sigma2, NoiseSchedule.cosine(20).sigma2)
     assert network(noisy(rng, channels=3, dtype=np.float32), 1).shape == (3, 4, 4, 3 * OUTPUTS[model])
-    assert build_network(config, 3, rng, num_classes=4).num_parameters == network.num_parameters + 5 * 32
+    assert build_network(config, 3, num_classes=4).num_parameters == network.num_parameters + 5 * 32
 
 
 @pytest.mark.parametrize("name, constructor", [
@@ -214,7 +211,7 @@ def test_every_schedule_that_may_be_asked_for_can_be_built():
 @pytest.fixture
 def saved(tmp_path, rng):
     """A run folder whose parameters and average differ: (path, network with the parameters, the average)."""
-    network = build_network(TINY, 1, rng)
+    network = build_network(TINY, 1)
     network.flat_parameters[...] += 0.1 * rng.standard_normal(network.num_parameters).astype(np.float32)
     average = EMA(network, 0.9).average.copy()
     network.flat_parameters[...] += 0.1 * rng.standard_normal(network.num_parameters).astype(np.float32)
@@ -307,7 +304,7 @@ def test_vjp_contains_what_happens_at_the_doors(prediction, schedule, rng):
 
 def test_C20_a_conditional_run_remembers_its_classes(tmp_path, rng):
     config, names = dataclasses.replace(TINY, conditional=True), ["cat", "dog", "T-shirt/top"]
-    network = build_network(config, 1, np.random.default_rng(0), num_classes=3)
+    network = build_network(config, 1, num_classes=3)
     with RunFolder.create(tmp_path / "run", config) as run:
         run.save_checkpoint({f"ema/{name}": a for name, a in network.parameters().items()},
                             {"image_shape": [8, 8, 1], "levels": 17, "step": 0, "label_names": names})
@@ -324,7 +321,7 @@ def test_labels_are_refused_by_a_network_without_them(rng):
 def test_a_run_remembers_what_its_network_predicts(tmp_path):
     for prediction in ("v", "eps"):
         config = dataclasses.replace(TINY, prediction=prediction)
-        network = build_network(config, 1, np.random.default_rng(0))
+        network = build_network(config, 1)
         with RunFolder.create(tmp_path / prediction, config) as run:
             run.save_checkpoint({f"ema/{name}": a for name, a in network.parameters().items()},
                                 {"image_shape": [8, 8, 1], "levels": 17, "step": 0})

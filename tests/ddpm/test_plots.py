@@ -57,7 +57,8 @@ def test_training_curves(rows, tmp_path):
 
 def test_bits_curve_shows_the_density_over_t_and_the_parts(tmp_path):
     rng = np.random.default_rng(0)
-    bits = Bits(rng.uniform(0, 1, 6), rng.uniform(1, 2, (3, 6)), rng.uniform(0, 1, 6), np.array([2, 3, 7, 21]))
+    bits = Bits(rng.uniform(0, 1, 6), rng.uniform(1, 2, (3, 6)), rng.uniform(0, 1, 6), np.array([2, 3, 7, 21]),
+                np.arange(21))
     fig = plots.bits_curve(bits)
     left, right = fig.axes
     np.testing.assert_allclose(left.lines[0].get_ydata(), (bits.steps / [[1], [4], [14]]).mean(axis=1))

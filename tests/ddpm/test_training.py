@@ -13,14 +13,8 @@ from ddpm.config import TrainConfig
 from ddpm.data import Dataset, load
 from ddpm.generate import draw_images
 from ddpm.likelihood import image_bits
-from ddpm.models import (
-    Batch,
-    NetworkDenoiser,
-    default_variance,
-    network_input,
-    noise_output,
-    noise_output_backward,
-)
+from ddpm.models import Batch, default_variance
+from ddpm.network_denoiser import NetworkDenoiser, network_input, noise_output, noise_output_backward
 from ddpm.parallel import Alone, make_group
 from ddpm.training import DropoutDraws, NotFinite, Trainer, UniformTimes, batch_indices, learning_rate, named_views
 from nn.dropout import Dropout, dropout_mask
