@@ -9,7 +9,7 @@ from ddpm.network_denoiser import network_input
 from ddpm.randomness import SampleStreams
 from nn.backend import array_module, to_host
 
-SAMPLERS = ("ddpm", "ddim", "dpm-solver")
+SAMPLERS = ("ddpm", "ddim", "dpm-solver", "flow")
 
 
 def draw_images(denoiser, schedule, image_shape, num, group, *, steps, variance, seed=0, chunk=16, clip=(-1, 1),
@@ -89,8 +89,8 @@ def find_sampler(name, variance, eta=0.0, last_variance=None):
     callback).
 
     `variance` is DDPM's, and what DDIM adds to its own (None: nothing); `probes` is the generator of one that draws.
-    `eta` is DDIM's, `last_variance` that of both; "dpm-solver", of second order, draws no noise and takes none of them.
-    ValueError for another name.
+    `eta` is DDIM's, `last_variance` that of both; "dpm-solver" and "flow", Heun's rule, both of second order, draw no
+    noise and take none of them. ValueError for another name.
     """
     def bound(probes):
         return variance.with_rng(probes) if isinstance(variance, ReverseCovariance) else variance
@@ -101,6 +101,7 @@ def find_sampler(name, variance, eta=0.0, last_variance=None):
     if name == "ddim":
         return lambda *args, probes, **options: samplers.ddim(
             *args, eta=eta, covariance=bound(probes), last_variance=last_variance, **options)
-    if name == "dpm-solver":
-        return lambda *args, probes, rng, **options: samplers.dpm_solver_pp(*args, **options)
+    if name in ("dpm-solver", "flow"):
+        solver = samplers.dpm_solver_pp if name == "dpm-solver" else samplers.probability_flow
+        return lambda *args, probes, rng, **options: solver(*args, **options)
     raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {name!r}")

@@ -24,9 +24,10 @@ def parser():
     p.add_argument("--steps", type=int, metavar="K",
                    help="steps from noise to image, from 1 to the model's T, of one network pass each, or of two where "
                    "there is a guidance scale other than 0 and 1 (default: 250, or T if that is less)")
-    p.add_argument("--sampler", choices=("ddpm", "ddim", "dpm-solver"), default="ddpm",
+    p.add_argument("--sampler", choices=("ddpm", "ddim", "dpm-solver", "flow"), default="ddpm",
                    help="ddpm draws noise at every step; ddim none (but see --eta); dpm-solver, of second order, is "
-                   "closer to ddim's limit in as many steps (default: ddpm)")
+                   "closer to ddim's limit in as many steps; flow, by Heun's rule, is too, in two passes a step "
+                   "(default: ddpm)")
     p.add_argument("--eta", type=float, metavar="X", help="noise of ddim, from 0, none, to 1, as much as ddpm with the "
                    "small variance (default: 0)")
     p.add_argument("--spacing", choices=SPACINGS, default="uniform", help="of the steps in "
@@ -81,8 +82,8 @@ def _check_sampler(flags):
         raise UserError(f"--eta belongs to --sampler ddim, not to {flags.sampler}; leave it out")
     if flags.eta is not None and not 0 <= flags.eta <= 1:
         raise UserError(f"--eta must lie between 0 and 1, got {flags.eta:g}")
-    if flags.last_noise is not None and flags.sampler == "dpm-solver":
-        raise UserError("--sampler dpm-solver draws no noise and has no --last-noise; leave it out")
+    if flags.last_noise is not None and flags.sampler in ("dpm-solver", "flow"):
+        raise UserError(f"--sampler {flags.sampler} draws no noise and has no --last-noise; leave it out")
     if flags.last_noise is not None and not flags.last_noise >= 0:
         raise UserError(f"--last-noise must be at least 0, got {flags.last_noise:g}")
 

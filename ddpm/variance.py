@@ -34,8 +34,8 @@ def check_variance(name, config, sampler="ddpm"):
     if name in HEADS and name != config.model:
         raise UserError(f"--variance {name} needs a head that has learned it: train one with python -m ddpm.train "
                         f"--model {name} --from RUN, and name its run")
-    if sampler == "dpm-solver" and name is not None:
-        raise UserError("--sampler dpm-solver draws no noise and has no --variance; leave it out")
+    if sampler in ("dpm-solver", "flow") and name is not None:
+        raise UserError(f"--sampler {sampler} draws no noise and has no --variance; leave it out")
     if sampler == "ddim" and (name == "large" or (name, config.model) == ("learned", "iddpm")):
         raise UserError(f"--variance {name} is one of DDPM's own step and belongs to --sampler ddpm; ddim takes one of "
                         "the image, or none")

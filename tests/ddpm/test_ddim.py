@@ -97,7 +97,7 @@ def at_time_one(sampler, world, x_T, K, **options):
 
 
 METHODS = {"ddim": (samplers.ddim, {}, 1), "order 1": (samplers.dpm_solver_pp, {"order": 1}, 1),
-           "order 2": (samplers.dpm_solver_pp, {"order": 2}, 2)}
+           "order 2": (samplers.dpm_solver_pp, {"order": 2}, 2), "heun": (samplers.probability_flow, {}, 2)}
 
 
 def orders(errors):
@@ -136,12 +136,31 @@ def test_U13_order_1_is_ddim_and_order_2_is_closer_in_as_many_passes(rng):
     assert np.abs(second - truth).mean() < 0.5 * np.abs(first - truth).mean()
 
 
+def test_L20_U13_heuns_rule_is_two_passes_a_step_and_the_mean_of_two_slopes(rng):
+    """One step by hand, on a schedule that isn't variance preserving; clipping reaches both slopes."""
+    schedule, x_T = EXPLODING, rng.standard_normal((5, 1))
+    denoiser = exact(schedule)
+    seen = []
+    samplers.probability_flow(denoiser, schedule, x_T, timesteps=[60, 20], callback=seen.append)
+    assert denoiser.evaluations == 3 * len(x_T)
+    ratio = np.sqrt(schedule.sigma2_bar) / schedule.lam_bar
+
+    def along(slope):
+        return schedule.lam_bar[20] * (x_T / schedule.lam_bar[60] + (ratio[20] - ratio[60]) * slope)
+    first = denoiser.predict(x_T, 60).eps
+    second = denoiser.predict(along(first), 20).eps
+    np.testing.assert_allclose(seen[0].x_s, along((first + second) / 2), rtol=1e-12)
+    assert np.abs(seen[0].x_s - along(first)).max() > 1e-4                          # Euler's is another
+    clipped = samplers.probability_flow(denoiser, schedule, 10 * x_T, timesteps=[60, 20], clip=(-0.1, 0.1))
+    assert np.abs(clipped).max() <= 0.1 + 1e-12
+
+
 # ---- edges
 
 def test_single_steps_and_bad_input(rng):
     x_T = rng.standard_normal((1, 1))
     denoiser = exact(LINEAR)
-    for sampler in (samplers.ddim, samplers.dpm_solver_pp):
+    for sampler in (samplers.ddim, samplers.dpm_solver_pp, samplers.probability_flow):
         np.testing.assert_array_equal(sampler(denoiser, LINEAR, x_T, timesteps=[1000]), denoiser.predict(x_T, 1000).x0)
         with pytest.raises(ValueError, match="timesteps must be descending"):
             sampler(denoiser, LINEAR, x_T, timesteps=[1, 1000])
@@ -155,7 +174,7 @@ def test_single_steps_and_bad_input(rng):
 def test_on_a_device(dtype, fake, rng):
     x_T = rng.standard_normal((3, 4, 4, 1)).astype(dtype)
     denoiser = Denoiser.from_eps(lambda x, t: 0.3 * x, LINEAR)
-    for sampler, options in ((samplers.ddim, {}), (samplers.dpm_solver_pp, {})):
+    for sampler, options in ((samplers.ddim, {}), (samplers.dpm_solver_pp, {}), (samplers.probability_flow, {})):
         host = sampler(denoiser, LINEAR, x_T, timesteps=[900, 500, 100], **options)
         device = sampler(denoiser, LINEAR, fake.asarray(x_T), timesteps=[900, 500, 100], **options)
         assert array_module(device) is fake and host.dtype == dtype

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ddpm.covariance import reverse_covariance
 from ddpm.denoiser import Denoiser
 from ddpm.generate import SAMPLERS, draw_images, trajectory
 from ddpm.guidance import MixtureDenoiser
@@ -41,6 +42,30 @@ def test_an_image_is_a_function_of_seed_and_number():
     assert len({image.tobytes() for image in whole}) == 9
 
 
+def test_later_images_of_a_seed_can_be_drawn_alone():
+    whole = drawn(9)
+    np.testing.assert_array_equal(drawn(4, first=5), whole[5:])
+    np.testing.assert_array_equal(drawn(4, 2, first=5, chunk=1), whole[5:])
+
+
+def test_C11_probes_are_functions_of_the_seed_and_the_number(rng):
+    """Images with Hutchinson's variance don't depend on the pieces they are drawn in."""
+    network = small_network()
+    method = reverse_covariance("hutchinson", rng=rng, largest=1.0)
+    options = {"denoiser": network, "shape": (8, 8, 1), "steps": 3, "variance": method}
+    whole = drawn(5, **options)
+    for workers, chunk in ((1, 2), (2, 1)):
+        np.testing.assert_allclose(drawn(5, workers, chunk=chunk, **options), whole, atol=1e-3)
+    np.testing.assert_allclose(drawn(2, first=3, **options), whole[3:], atol=1e-3)
+    assert np.abs(drawn(5, **options | {"variance": "learned"}) - whole).max() > 0.01
+
+
+def test_the_last_noise_is_held_to_what_was_asked():
+    wide = Denoiser.from_eps(lambda x_t, t: 0 * x_t, SCHEDULE)
+    free, held = (drawn(50, denoiser=wide, variance="large", steps=3, last_variance=last) for last in (None, 1e-4))
+    assert (free != held).any() and np.isfinite(held).all()
+
+
 def test_an_image_of_a_network_is_so_to_rounding():
     """Matrix products of another size may round in another way; few steps keep that small."""
     network = small_network()
@@ -63,7 +88,7 @@ def test_C16_U13_images_of_any_sampler(sampler):
 
 
 def test_samplers_and_spacings_that_there_are():
-    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, dpm-solver, not 'euler'"):
+    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, dpm-solver, flow, not 'euler'"):
         drawn(1, sampler="euler")
     assert np.abs(drawn(3, spacing="trailing") - drawn(3)).max() > 0
 

@@ -53,13 +53,14 @@ def test_C16_U13_samplers(run, tmp_path, capsys):
     few = ("--num", 4, "--steps", 3, "--workers", 1)
     kinds = {"ddpm": (), "ddim": ("--sampler", "ddim"), "eta": ("--sampler", "ddim", "--eta", "0.7"),
              "own": ("--sampler", "ddim", "--variance", "learned"), "solver": ("--sampler", "dpm-solver"),
-             "trailing": ("--sampler", "ddim", "--spacing", "trailing")}
+             "flow": ("--sampler", "flow"), "trailing": ("--sampler", "ddim", "--spacing", "trailing")}
     images = {name: sampled(tmp_path / name, run, *few, *flags).tobytes() for name, flags in kinds.items()}
     assert len(set(images.values())) == len(kinds)
     capsys.readouterr()
     for flags, message in ((("--eta", "0.5"), "--eta belongs to --sampler ddim, not to ddpm"),
                            (("--sampler", "ddim", "--eta", "1.5"), "--eta must lie between 0 and 1, got 1.5"),
                            (("--sampler", "dpm-solver", "--variance", "learned"), "has no --variance"),
+                           (("--sampler", "flow", "--last-noise", "1"), "--sampler flow draws no noise"),
                            (("--sampler", "ddim", "--variance", "large"), "ddim takes one of the image, or none")):
         assert message in refused(capsys, sample.main, run, *flags)
 
@@ -80,7 +81,7 @@ def test_a_model_without_variance(tmp_path, capsys):
         assert not (tmp_path / variance / "uncertainty.png").exists()
     assert "1 image in " in capsys.readouterr().out
     said = refused(capsys, sample.main, run, "--variance", "learned")
-    assert "--variance learned needs a model that has one (gddm, iddpm, or a head: sn, npr, ocm); use large or small" in said
+    assert "--variance learned needs a model that has one (gddm, iddpm, or a head: sn, npr, ocm); use large" in said
 
 
 @pytest.fixture(scope="module")
