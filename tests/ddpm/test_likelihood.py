@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm import elbo
+from ddpm.covariance import reverse_covariance
 from ddpm.denoiser import Denoiser
 from ddpm.likelihood import Bits, evaluate_bits, image_bits, reverse_model, time_strata
 from ddpm.network_denoiser import NetworkDenoiser
@@ -109,6 +110,60 @@ def test_C04_the_large_variance_is_the_learned_one_for_unit_variance_data(rng):
     assert (small > 1.05 * learned).mean() > 0.9
     with pytest.raises(ValueError, match="variance"):
         image_bits(exact(), SCHEDULE, x0, variance="tiny", bin_width=1 / 8)
+
+
+# ---- chains of fewer steps
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, general_schedule(30)], ids=["cosine", "general"])
+@pytest.mark.parametrize("spacing, steps", [("uniform", 5), ("uniform", 30), ("trailing", 4), ("quadratic", 6),
+                                            ("uniform", 1)])
+def test_C15_C18_bits_of_few_steps_are_the_bound_of_that_chain(spacing, steps, schedule, rng):
+    """Term by term against `negative_bound` over the same times; the bound over other times fails it."""
+    x0, timesteps = rng.standard_normal((400, 2, 2, 1)), schedule.timesteps(steps, spacing)
+    denoiser, dims = exact(schedule), 4 * np.log(2)
+    options = {"variance": "small", "bin_width": None, "clip": None}
+    reverse = reverse_model(denoiser, schedule, "small")
+    full = elbo.negative_bound(x0, reverse, schedule, rng, timesteps, bin_width=None)
+    bits = image_bits(denoiser, schedule, x0, timesteps=timesteps, **options)
+    assert bits.times.tolist() == [0, *timesteps[::-1]] and bits.steps.shape == (steps - 1, 400)
+    np.testing.assert_allclose(bits.prior, full.prior / dims, rtol=1e-9)
+    assert abs(zscore(bits.decoder - full.decoder / dims)) < 4
+    if steps > 1:
+        assert abs(zscore(bits.steps.sum(axis=0) - full.steps.sum(axis=0) / dims)) < 4
+        few = image_bits(denoiser, schedule, x0, timesteps=timesteps, strata=2, **options)
+        assert abs(zscore(few.total - full.total / dims)) < 4
+    if 1 < steps < 30 and schedule is SCHEDULE:             # (on the other one these happen to agree)
+        other = image_bits(denoiser, schedule, x0, **options)
+        assert abs(zscore(other.total - full.total / dims)) > 6
+
+
+def test_C15_an_exact_model_of_unit_gaussian_pixels_is_exact_in_any_number_of_steps(rng):
+    x0 = rng.standard_normal((400, 3, 3, 2))
+    log_p = -0.5 * (x0**2 + np.log(2 * np.pi)).reshape(400, -1).sum(axis=1)
+    for steps in (1, 2, 7):
+        bits = image_bits(exact(), SCHEDULE, x0, variance="learned", bin_width=None, clip=None,
+                          timesteps=SCHEDULE.timesteps(steps))
+        assert abs(zscore(bits.total + log_p / (18 * np.log(2)))) < 4
+    with pytest.raises(ValueError, match="timesteps must descend"):
+        image_bits(exact(), SCHEDULE, x0, variance="learned", bin_width=None, timesteps=[3, 5])
+
+
+def test_C11_bits_with_probes_do_not_depend_on_the_pieces(rng):
+    """Hutchinson's signs are functions of the seed and the image, however a data set is cut."""
+    images, network = rng.integers(0, 17, (5, 8, 8, 1)).astype(np.uint8), small_network()
+    method = reverse_covariance("hutchinson", rng=np.random.default_rng(9), largest=1.0)
+    options = {"variance": method, "timesteps": SCHEDULE.timesteps(4), "decoder": "small"}
+    whole = evaluated(network, images, **options)
+    for workers, chunk in ((1, 2), (2, 1)):
+        np.testing.assert_allclose(evaluated(network, images, workers, chunk, **options).total, whole.total, rtol=1e-4)
+    assert (evaluated(network, images, seed=1, **options).total != whole.total).all()
+
+
+@pytest.mark.parametrize("bin_width", [1 / 8, None])
+def test_a_variance_of_0_costs_many_bits_and_not_infinitely_many(bin_width, rng):
+    x0 = rng.integers(0, 17, (4, 2, 2, 1)) / 8 - 1.0
+    bits = image_bits(exact(spread=0.0), SCHEDULE, x0, variance="learned", bin_width=bin_width, strata=2)
+    assert np.isfinite(bits.decoder).all() and bits.decoder.mean() > 100
 
 
 # ---- an image's bits are its own
