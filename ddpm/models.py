@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ddpm import ddpm, gddm, iddpm
 from ddpm.heads import HEADS
-from ddpm.network_denoiser import HeadedDenoiser, NetworkDenoiser, network_input  # noqa: F401
+from ddpm.network_denoiser import HeadedDenoiser, NetworkDenoiser
 from ddpm.parameterization import eps_from_v_derivatives
 from ddpm.randomness import generator
 from ddpm.schedule import NoiseSchedule

@@ -9,6 +9,8 @@ The functions here make sources from what each needs. Most speak of Var[eps | x_
 Sources don't clip: an estimate may be negative.
 """
 
+import numpy as np
+
 from ddpm import tweedie
 from ddpm.covariance import hutchinson, ocm, residual, squared_noise
 from ddpm.covariance.jacobian import FULL_LIMIT, jacobian, jacobian_diagonal
@@ -61,6 +63,8 @@ def residual_form(statistics):
 
 
 def _noise_table(var_eps):
+    var_eps = np.array(var_eps)                                 # as it is now, whatever becomes of the statistics
+
     def source(denoiser, prediction, x_t, t):
         return from_noise(per_example(var_eps[t], x_t), t, denoiser.schedule)
     return source

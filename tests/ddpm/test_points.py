@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from ddpm import gaussian
+from ddpm import covariance, gaussian, gddm
 from ddpm.denoiser import Denoiser
 from ddpm.gaps import gaussian_gap
 from ddpm.mixture import GaussianMixture
 from ddpm.models import find_objective
-from ddpm.points import fit_points, recovery
+from ddpm.points import fit_head, fit_points, fit_variance, recovery
 from ddpm.schedule import NoiseSchedule
 
 LINEAR = NoiseSchedule.linear(100)
@@ -112,3 +112,83 @@ def test_any_model_trains_on_points_of_any_dimension(model, outputs):
 def test_an_objective_of_another_model_is_refused():
     with pytest.raises(ValueError, match="variance head"):
         fit_points(TWO, LINEAR, find_objective("gddm"), model="ddpm", steps=1)
+
+
+# ---- heads, around a mean that stays as it is
+
+CORRELATED = GaussianMixture.correlated(0.9)
+SHORT = {"steps": 400, "batch_size": 128, "lr": 1e-2, "hidden": (32, 32)}
+MIDDLE = (10, 20, 40)
+
+
+def exact_var_eps(t):
+    """Var[eps | x_t], (1, 2): of Gaussian data it is the same at every x_t."""
+    return LINEAR.snr[t] * np.diagonal(CORRELATED.posterior_x0(np.zeros((1, 2)), t, LINEAR)[1], axis1=1, axis2=2)
+
+
+def found_var_eps(denoiser, method, t, rng):
+    """A method's Var[eps | x_t] at draws of x_t."""
+    x_t = CORRELATED.noised(t, LINEAR).sample(500, rng)
+    return LINEAR.snr[t] * method.of_x0(denoiser, denoiser.predict(x_t, t), x_t, t)
+
+
+@pytest.mark.parametrize("kind, within", [("sn", 0.75), ("npr", 0.15), ("ocm", 0.1)])
+def test_C10_C12_C14_a_short_training_finds_the_variance_of_gaussian_data(kind, within, rng):
+    """Two correlated coordinates. sn sees little of it, the others most; an untrained head or one misread is worse."""
+    exact = Denoiser.from_world(CORRELATED, LINEAR)
+    heads = [fit_head(kind, exact, CORRELATED, LINEAR, **SHORT),
+             fit_head(kind, exact, CORRELATED, LINEAR, **SHORT | {"steps": 1, "lr": 0.0})]
+    trained, untrained = (covariance.reverse_covariance(kind, head=head) for head in heads)
+    other = covariance.reverse_covariance({"sn": "npr", "npr": "ocm", "ocm": "npr"}[kind], head=heads[0])
+    for t in MIDDLE:
+        errors = [np.sqrt(((found_var_eps(exact, m, t, rng) / exact_var_eps(t) - 1)**2).mean())
+                  for m in (trained, untrained, other)]
+        assert errors[0] < within and 1.3 * errors[0] < min(errors[1:]), (t, errors)
+
+
+def test_C10_C14_around_a_wrong_mean_npr_finds_more_and_ocm_finds_the_same(rng):
+    """A mean of eps that is wrong by 0.5 everywhere has the exact Jacobian; its residuals are larger by 0.25."""
+    exact, t = Denoiser.from_world(CORRELATED, LINEAR), 20
+    wrong = Denoiser.from_eps(lambda x_t, t: exact.predict(x_t, t).eps + 0.5, LINEAR, exact.vjp)
+    npr, ocm = (covariance.reverse_covariance(kind, head=fit_head(kind, wrong, CORRELATED, LINEAR, **SHORT))
+                for kind in ("npr", "ocm"))
+    var = exact_var_eps(t)
+    np.testing.assert_allclose(found_var_eps(wrong, npr, t, rng).mean(), var.mean() + 0.25, rtol=0.1)
+    np.testing.assert_allclose(found_var_eps(wrong, ocm, t, rng).mean(), var.mean(), rtol=0.1)
+    assert 0.25 > 0.3 * var.mean()
+
+
+@pytest.mark.parametrize("model, objective", [("gddm", "pairs"), ("iddpm", "hybrid")])
+def test_C05_G06_C14_a_variance_is_trained_around_a_mean_that_stays(model, objective, rng):
+    """The variance of x_s | x_t half way down, to 12 per cent; where a network starts it is off by 25 and more."""
+    exact = Denoiser.from_world(CORRELATED, LINEAR)
+    options = SHORT | {"objective": find_objective(model, objective)}
+    trained = fit_variance(model, exact, CORRELATED, LINEAR, **options)
+    untrained = fit_variance(model, exact, CORRELATED, LINEAR, **options | {"steps": 1, "lr": 0.0})
+    learned = covariance.reverse_covariance("learned")
+    for t in MIDDLE:
+        x_t = CORRELATED.noised(t, LINEAR).sample(500, rng)
+        _, true = gddm.reverse_moments(0, exact.predict(x_t, t).var_x0, x_t, t // 2, t, LINEAR)
+        errors = [np.sqrt(((learned(m, m.predict(x_t, t), x_t, t // 2, t, LINEAR) / true - 1)**2).mean())
+                  for m in (trained, untrained)]
+        assert errors[0] < 0.12 < 0.25 < errors[1], (t, errors)
+        np.testing.assert_allclose(trained.predict(x_t, t).eps, exact.predict(x_t, t).eps, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(trained.vjp(x_t, t, x_t), exact.vjp(x_t, t, x_t))
+
+
+def test_heads_are_functions_of_the_seed_and_leave_a_learned_mean_alone():
+    mean = fit_points(CORRELATED, LINEAR, find_objective("ddpm"), model="ddpm", steps=2, batch_size=8, hidden=(8,))
+    before, x_t = mean.network.flat_parameters.copy(), np.ones((3, 2), np.float32)
+    few = {"steps": 2, "batch_size": 8, "hidden": (8,)}
+    for kind in ("sn", "npr", "ocm"):
+        first, again, other = (fit_head(kind, mean, CORRELATED, LINEAR, seed=seed, **few)(x_t, 5) for seed in (0, 0, 1))
+        assert first.shape == x_t.shape and (first == again).all() and (first != other).any()
+    for model in ("iddpm", "gddm"):
+        trained = fit_variance(model, mean, CORRELATED, LINEAR, **few)
+        np.testing.assert_array_equal(trained.predict(x_t, 5).eps, mean.predict(x_t, 5).eps)
+    np.testing.assert_array_equal(mean.network.flat_parameters, before)
+
+
+def test_another_kind_of_head_is_refused():
+    with pytest.raises(ValueError, match="sn, npr, ocm"):
+        fit_head("gddm", Denoiser.from_world(TWO, LINEAR), TWO, LINEAR, steps=1)
