@@ -11,30 +11,27 @@ measured again; flags of ddpm.train that are given too go to the training.
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from ddpm import data, plots, train
+from ddpm import data, plots
 from ddpm.commands import run_command
 from ddpm.generate import draw_images
 from ddpm.likelihood import evaluate_bits
-from ddpm.metrics import frechet_distance
 from ddpm.mixture import GaussianMixture
 from ddpm.models import default_variance, find_objective, load_denoiser
 from ddpm.parallel import make_group
 from ddpm.points import fit_points, recovery
 from ddpm.randomness import generator
-from ddpm.runs import RunFolder, write_atomically
 from ddpm.schedule import NoiseSchedule
 from experiments.tables import markdown_table, write_csv, write_text
+from experiments.training_runs import kept, pixel_frechet, trained
 from nn.backend import keep_freed_memory
 
 MAIN = (("ddpm", "simple"), ("iddpm", "hybrid"), ("gddm", "balanced"))
 OTHERS = (("gddm", "balanced-v"), ("gddm", "kl"), ("gddm", "simple+kl"), ("gddm", "pairs"))
-SAMPLES, SAMPLE_STEPS, BITS_IMAGES, STRATA, COMPONENTS = 192, 100, 500, 32, 64
+SAMPLES, SAMPLE_STEPS, BITS_IMAGES, STRATA = 192, 100, 500, 32
 
 
 def main(argv=None):
@@ -58,26 +55,15 @@ def main(argv=None):
 
 def measured(folder, model, objective, seed, train_flags):
     """(row of the table, samples) of one run, trained and measured where that has not been done."""
-    if not (folder / "config.json").exists():
-        status = train.main(["--model", model, "--objective", objective, "--seed", str(seed), "--out", str(folder),
-                             "--prediction", "v" if objective.endswith("-v") else "eps", "--samples", "0",
-                             *train_flags])
-    else:
-        run = RunFolder.open(folder)
-        finished = bool(run.metrics()) and run.metrics()[-1]["step"] >= run.config.steps
-        status = 0 if finished else train.main(["--resume", str(folder)])
-    if status:
-        sys.exit(status)
-    kept = folder / "objectives.npz"
-    if not kept.exists():
-        row, images = measure(RunFolder.open(folder), objective, seed)
-        write_atomically(kept, lambda file: np.savez_compressed(file, row=json.dumps(row), images=images))
-    with np.load(kept) as found:
-        return json.loads(str(found["row"])), found["images"]
+    prediction = "v" if objective.endswith("-v") else "eps"
+    run = trained(folder, ["--model", model, "--objective", objective, "--seed", str(seed), "--prediction", prediction,
+                           *train_flags])
+    row, arrays = kept(folder / "objectives.npz", lambda: measure(run, objective, seed))
+    return row, arrays["images"]
 
 
 def measure(run, objective, seed):
-    """The row of one trained run, and its samples."""
+    """The row of one trained run, and its first samples."""
     denoiser, _ = load_denoiser(run)
     config, schedule, variance = run.config, denoiser.schedule, default_variance(run.config.model)
     dataset = data.load(config.data, config.data_dir)
@@ -89,20 +75,7 @@ def measure(run, objective, seed):
            "frechet": pixel_frechet(dataset.scale(dataset.train_images), dataset.scale(dataset.test_images), images)}
     if config.model == "gddm":
         row |= mixture_errors(objective, seed)
-    return row, images[:16]
-
-
-def pixel_frechet(train_images, test_images, images):
-    """Frechet distance between samples and test images in the principal components of the training images."""
-    flat = train_images.reshape(len(train_images), -1)
-    mean = flat.mean(axis=0)
-    axes = np.linalg.svd(flat - mean, full_matrices=False)[2][:COMPONENTS].T
-
-    def gaussian(x):
-        features = (x.reshape(len(x), -1) - mean) @ axes
-        return features.mean(axis=0), np.cov(features.T)
-
-    return frechet_distance(*gaussian(images), *gaussian(test_images))
+    return row, {"images": images[:16]}
 
 
 def mixture_errors(objective, seed):

@@ -15,6 +15,23 @@ def write_csv(path, rows):
     write_text(path, text.getvalue())
 
 
+def read_csv(path):
+    """The rows of such a table, numbers as int or float, what is missing left out; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{name: _number(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
+
+
+def _number(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def markdown_table(header, rows):
     """A Markdown table of strings, without a last newline."""
     lines = [header, ["---"] * len(header), *rows]
