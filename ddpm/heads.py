@@ -7,19 +7,21 @@ A network is trained for E[eps | x_t] and then held fixed; a second output learn
     ocm     h = sigma2_bar_t diag Hessian            target one probe of the Jacobian        `covariance.ocm`
 
 and each gives Var[eps | x_t] in its own way. For sn the network's raw output is h - 1, since the mean of eps^2 is 1.
-The other two ask for numbers that go to zero with the signal, down to 1e-5 at t = T, and there a network would have to
-learn zero very exactly, because Var[x_0 | x_t] is Var[eps | x_t] / snr. So they are in units of what data of unit
-variance have,
+The other two learn a variance, which is positive and goes to zero with the signal, down to 1e-5 at t = T; and
+Var[x_0 | x_t] is Var[eps | x_t] / snr, so that zero would have to be learned very exactly. So their raw output is a
+logarithm, in units of what data of unit variance have:
 
-    Var[eps | x_t] = unit_t raw,        unit_t = lam_bar_t^2 / (lam_bar_t^2 + sigma2_bar_t)
+    Var[eps | x_t] = unit_t exp(u),      unit_t = lam_bar_t^2 / (lam_bar_t^2 + sigma2_bar_t),      u: `gddm.log_variance`
 
-which is right in order of magnitude wherever raw is. The losses stay as published: the same weight for all t in units
-of the noise, so that the minimiser and its weights are theirs. With raw = 0, where a head starts, npr and ocm take x_0
-for known, and sn has 1 - eps_hat^2.
+It starts from u = 0, right for such data, at every t. The losses stay as published, squared errors with the same weight
+for all t in units of the noise, and so does what they are least at; but no estimate is negative. A negative one would
+be clipped to 0, which says that a pixel is known, and in few steps the bound punishes that without mercy (sn, which is
+a difference, has no such way out).
 """
 
 from ddpm.covariance import ocm, residual, squared_noise
-from nn.backend import per_example
+from ddpm.gddm import log_variance
+from nn.backend import array_module, per_example
 
 HEADS = {"sn": "the squared noise", "npr": "the squared residual of the predicted noise",
          "ocm": "the diagonal of the predicted noise's Jacobian"}
@@ -29,15 +31,13 @@ def statistic(kind, raw, t, schedule):
     """h as the method's own formulas take it, shaped as `raw`: the `head` of `ddpm.covariance.reverse_covariance`."""
     if kind == "sn":
         return 1 + raw
-    h = _unit(t, schedule, raw) * raw
-    return h if kind == "npr" else h - 1
+    variance, _ = _variance(raw, t, schedule)
+    return variance if kind == "npr" else variance - 1
 
 
 def var_eps(kind, raw, eps_hat, t, schedule):
     """Var[eps | x_t] that a head of that kind stands for, shaped as `raw`; unclipped, for sn it may be negative."""
-    h = statistic(kind, raw, t, schedule)
-    return {"sn": lambda: squared_noise.var_eps(h, eps_hat), "npr": lambda: residual.var_eps(h),
-            "ocm": lambda: ocm.var_eps(h)}[kind]()
+    return squared_noise.var_eps(1 + raw, eps_hat) if kind == "sn" else _variance(raw, t, schedule)[0]
 
 
 def loss(kind, raw, eps, eps_hat, t, schedule, targets=None):
@@ -57,9 +57,13 @@ def loss(kind, raw, eps, eps_hat, t, schedule, targets=None):
     if kind == "sn":
         return squared_noise.loss(h, eps)
     values, gradient = residual.loss(h, eps, eps_hat) if kind == "npr" else ocm.loss_on_each(h, targets)
-    return values, _unit(t, schedule, raw) * gradient
+    _, slope = _variance(raw, t, schedule)
+    return values, slope * gradient
 
 
-def _unit(t, schedule, like):
-    """Var[eps | x_t] of data with variance 1."""
-    return per_example(schedule.lam_bar[t]**2 / schedule.marginal_var[t], like)
+def _variance(raw, t, schedule):
+    """unit_t exp(u) and its derivative with respect to raw, shaped as `raw`."""
+    u, slope = log_variance(raw)
+    unit = per_example(schedule.lam_bar[t]**2 / schedule.marginal_var[t], raw)
+    variance = unit * array_module(u).exp(u)
+    return variance, variance * slope

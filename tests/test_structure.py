@@ -16,10 +16,10 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 DERIVATIONS = {f"ddpm.{name}" for name in
                """schedule posterior gaussian parameterization elbo rao_blackwell gddm iddpm ddpm mixture gaps
-               tweedie sde flow""".split()}
+               tweedie heads sde flow""".split()}
 UPPER_FLOORS = {f"ddpm.{name}" for name in """
-    denoiser empirical guidance points samplers models training train sample generate evaluate likelihood commands runs
-    data config parallel plots metrics report errors""".split()}
+    denoiser network_denoiser empirical guidance points samplers models variance training head_training train sample
+    generate evaluate likelihood commands runs data config parallel plots metrics report errors""".split()}
 MAX_LINES = 250
 EQUATIONS = {f"{letter}{i:02d}" for letter, last in (("L", 22), ("G", 12), ("C", 20), ("U", 18), ("E", 32))
              for i in range(1, last + 1)}

@@ -92,12 +92,12 @@ def test_C10_C12_the_gradient_of_a_step_is_that_of_the_heads_loss(kind, base):
         return made._accumulate(3, indices, t, np.ones(8), slice(0, 8)).mean()
     loss()
     gradient, direction = head.flat_gradients.copy(), rng.standard_normal(head.num_parameters, dtype=np.float32)
-    h, start = 1e-2, head.flat_parameters.copy()
+    h, start = 3e-3, head.flat_parameters.copy()
     values = []
     for sign in (1, -1):
         head.flat_parameters[...] = start + sign * h * direction
         values.append(loss())
-    assert (values[0] - values[1]) / (2 * h) == pytest.approx(float(gradient @ direction), rel=2e-2)
+    assert (values[0] - values[1]) / (2 * h) == pytest.approx(float(gradient @ direction), rel=3e-2)
 
 
 def test_C12_targets_are_those_of_the_predicted_noises_jacobian(base):
