@@ -325,3 +325,9 @@ def test_var_x0_is_the_clipped_form_of_the_noises():
     var_eps = np.array([[-0.2, 0.5]])
     np.testing.assert_allclose(sources.from_noise(var_eps, 3, GENERAL), var_eps / GENERAL.snr[3], rtol=1e-12)
     np.testing.assert_allclose(covariance.var_x0(var_eps, 3, GENERAL), np.maximum(var_eps, 0) / GENERAL.snr[3])
+
+
+def test_E25_the_method_is_called_sn():
+    assert "sn" in METHODS and "squared noise" in METHODS["sn"].says
+    with pytest.raises(ValueError, match="variance must be one of"):
+        of_name("ns", head=lambda x, t: x)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ddpm.gaussian import log_normal
 from ddpm.mixture import GaussianMixture
-from ddpm.posterior import posterior_coefficients, renoise
+from ddpm.posterior import Posterior, posterior_coefficients, renoise
 from ddpm.schedule import NoiseSchedule
 from nn.backend import array_module, to_host
 from tests.helpers import general_schedule, property_test, schedules
@@ -227,6 +227,22 @@ def test_E19_renoise_is_not_the_reverse_of_the_chain():
     exact = lam_ts * spread_s / spread, spread_s - (lam_ts * spread_s)**2 / spread
     np.testing.assert_allclose(step(*LINEAR.posterior(s, t)), exact, rtol=1e-9)
     assert abs(step(*renoise(s, t, LINEAR))[0] - exact[0]) > 0.3
+
+
+def test_E24_a_step_that_averages_another_kernel_is_not_the_reverse_step():
+    """On the mixture, 300 to 299: q(x_t | x_t) stays where it is, q(x_t | x_0) has the noise of all the way up again."""
+    world, s, t, x_t = GaussianMixture.two_component(), 299, 300, np.array([[-1.0], [0.1], [0.8]])
+    exact, (mean_x0, cov_x0) = world.reverse(x_t, s, t, LINEAR), world.posterior_x0(x_t, t, LINEAR)
+
+    def moments(step):
+        return step.mean(mean_x0, x_t), step.var + step.a**2 * cov_x0
+    mean, cov = moments(LINEAR.posterior(s, t))
+    np.testing.assert_allclose(mean, exact.mean(), rtol=1e-9)
+    np.testing.assert_allclose(cov, exact.cov(), rtol=1e-9)
+    stays, far = moments(Posterior(0.0, 1.0, 0.0)), moments(Posterior(LINEAR.lam_bar[t], 0.0, LINEAR.sigma2_bar[t]))
+    np.testing.assert_array_equal(stays[0], x_t)
+    assert (stays[1] == 0).all() and np.abs(stays[0] - exact.mean()).min() > 1e-4
+    assert (far[1] > 50 * exact.cov()).all() and np.abs(far[0] - exact.mean()).max() > 0.1
 
 
 def test_E29_the_renoise_mean_with_the_chains_variance_collapses():
