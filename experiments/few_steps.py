@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.commands import CommandParser, run_command
+from ddpm.errors import UserError
 from ddpm.likelihood import evaluate_bits
 from ddpm.metrics.features import jackknifed_frechet
 from ddpm.parallel import make_group
@@ -35,13 +36,19 @@ def main(argv=None):
     add_flags(p, images=128)
     p.add_argument("--bits-images", type=int, default=128, metavar="N", help="test images whose bits are measured "
                    "(default: 128)")
-    p.add_argument("--steps", type=lambda text: [int(part) for part in text.split(",")], default=STEPS, metavar="K,K",
-                   help="numbers of steps to measure now (default: all twelve)")
+    p.add_argument("--steps", default=",".join(map(str, STEPS)), metavar="K,K", help="numbers of steps to measure now "
+                   "(default: all twelve)")
+    p.add_argument("--methods", default=",".join(METHODS), metavar="NAME,NAME", help="methods to measure now (default: "
+                   "all; a step of hutchinson takes three passes)")
     flags = p.parse_args(argv)
+    wanted, names = flags.steps.split(","), flags.methods.split(",")
+    if not set(wanted) <= set(map(str, STEPS)) or not set(names) <= set(METHODS):
+        raise UserError(f"--steps takes some of {', '.join(map(str, STEPS))} and --methods some of "
+                        f"{', '.join(METHODS)}, with commas and no blanks between them")
     keep_freed_memory()
     bench = Bench(flags)
-    for steps in flags.steps:
-        for name in METHODS:
+    for steps in map(int, wanted):
+        for name in names:
             update_table(Path(flags.out) / "few_steps", [measured(bench, name, steps)],
                          key=("data", "seed", "method", "steps"), report=report, picture=picture)
     return 0

@@ -51,6 +51,7 @@ METHODS = {
     "npr": Method("npr", "learned", GREEN, "-", "o", published=23),
     "ocm": Method("ocm", "learned", RED, "-", "x", published=16),
     "gddm": Method("gddm", "learned", RED, "--", "*"),
+    "hutchinson": Method("ddpm", "hutchinson", GREEN, ":", "d"),
 }
 
 
