@@ -9,19 +9,18 @@ A network is trained for E[eps | x_t] and then held fixed; a second output learn
 and each gives Var[eps | x_t] in its own way. For sn the network's raw output is h - 1, since the mean of eps^2 is 1.
 The other two learn a variance, which is positive and goes to zero with the signal, down to 1e-5 at t = T; and
 Var[x_0 | x_t] is Var[eps | x_t] / snr, so that zero would have to be learned very exactly. So their raw output is a
-logarithm, in units of what data of unit variance have:
+standard deviation, less 1, in units of what data of unit variance have:
 
-    Var[eps | x_t] = unit_t exp(u),      unit_t = lam_bar_t^2 / (lam_bar_t^2 + sigma2_bar_t),      u: `gddm.log_variance`
+    Var[eps | x_t] = unit_t (1 + raw)^2,        unit_t = lam_bar_t^2 / (lam_bar_t^2 + sigma2_bar_t)
 
-It starts from u = 0, right for such data, at every t. The losses stay as published, squared errors with the same weight
-for all t in units of the noise, and so does what they are least at; but no estimate is negative. A negative one would
-be clipped to 0, which says that a pixel is known, and in few steps the bound punishes that without mercy (sn, which is
-a difference, has no such way out).
+It starts from raw = 0, right for such data, at every t. The losses stay as published, squared errors with the same
+weight for all t in units of the noise, and so does what they are least at; but no estimate is negative. A negative one
+would be clipped to 0, which says that a pixel is known, and in few steps the bound punishes that without mercy (sn,
+which is a difference, has no such way out).
 """
 
 from ddpm.covariance import ocm, residual, squared_noise
-from ddpm.gddm import log_variance
-from nn.backend import array_module, per_example
+from nn.backend import per_example
 
 HEADS = {"sn": "the squared noise", "npr": "the squared residual of the predicted noise",
          "ocm": "the diagonal of the predicted noise's Jacobian"}
@@ -62,8 +61,6 @@ def loss(kind, raw, eps, eps_hat, t, schedule, targets=None):
 
 
 def _variance(raw, t, schedule):
-    """unit_t exp(u) and its derivative with respect to raw, shaped as `raw`."""
-    u, slope = log_variance(raw)
-    unit = per_example(schedule.lam_bar[t]**2 / schedule.marginal_var[t], raw)
-    variance = unit * array_module(u).exp(u)
-    return variance, variance * slope
+    """unit_t (1 + raw)^2 and its derivative with respect to raw, shaped as `raw`."""
+    unit, std = per_example(schedule.lam_bar[t]**2 / schedule.marginal_var[t], raw), 1 + raw
+    return unit * std * std, 2 * unit * std
