@@ -23,8 +23,8 @@ from experiments.tables import markdown_table, write_text
 from nn.backend import keep_freed_memory, limit_blas_threads
 
 SIDE, STEP = 28, (250, 500)
-EXACT = ("diagonal", "full")
-"""A vjp for each pixel: measured on a single image, once."""
+EXACT, EXACT_ROUNDS = ("diagonal", "full"), 3
+"""A vjp for each pixel: measured on a single image."""
 
 
 def main(argv=None):
@@ -38,13 +38,13 @@ def main(argv=None):
     lines = []
     for model, name in cases():
         exact = name in EXACT
-        kind, passes, ratio = cost(model, name, 1 if exact else flags.images, 1 if exact else flags.rounds)
+        kind, passes, ratio = cost(model, name, *((1, EXACT_ROUNDS) if exact else (flags.images, flags.rounds)))
         lines.append([name if name != "learned" else f"learned ({model})", kind, f"{passes:g}", f"{ratio:.3g}"])
         print("  ".join(lines[-1]), flush=True)
     text = (f"# What a reverse variance costs\n\n`python -m benchmarks.covariances --images {flags.images} --rounds "
             f"{flags.rounds}`: a step of the default U-Net on {SIDE}x{SIDE} images, on one core, over a step with the "
             "variance \"small\", which is a pass and next to nothing; measured in turn, medians. The two exact ones: "
-            "one image, once.\n\n")
+            f"one image, {EXACT_ROUNDS} rounds.\n\n")
     write_text(Path("benchmarks/results-covariances.md"),
                text + markdown_table(["variance", "covariance", "passes more", "time of a step"], lines) + "\n")
     return 0

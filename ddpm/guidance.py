@@ -14,7 +14,8 @@ so that the difference of the two predictions is the gradient of a classifier, w
 
 What is drawn with it has an exact law only at s = 0 and s = 1. One might expect q(x_0) p(y | x_0)^s; but noising that
 gives q(x_t) E[p(y | x_0)^s | x_t], while guidance follows q(x_t) E[p(y | x_0) | x_t]^s, and the power of an average is
-not the average of the powers. For s > 1 it is smaller (Jensen): samples are more typical of the label, and less varied.
+not the average of the powers. For s > 1 it is smaller (Jensen): samples are pushed further from whatever else x_t might
+be than that law asks for, and along the flow, where no fresh noise spreads them again, they are less varied too.
 """
 
 import math

@@ -230,7 +230,7 @@ def test_E19_renoise_is_not_the_reverse_of_the_chain():
 
 
 def test_E24_a_step_that_averages_another_kernel_is_not_the_reverse_step():
-    """On the mixture, 300 to 299: q(x_t | x_t) stays where it is, q(x_t | x_0) has the noise of all the way up again."""
+    """On the mixture, 300 to 299: q(x_t | x_t) stays where it is, q(x_t | x_0) has all the noise of the way up."""
     world, s, t, x_t = GaussianMixture.two_component(), 299, 300, np.array([[-1.0], [0.1], [0.8]])
     exact, (mean_x0, cov_x0) = world.reverse(x_t, s, t, LINEAR), world.posterior_x0(x_t, t, LINEAR)
 
