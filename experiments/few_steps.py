@@ -5,8 +5,8 @@ measures each method's chain of 5 to 1000 steps:
   bits (C18)      the bound of the chain with that many steps, bits/dim of test images; ddim draws no noise and has none
   frechet (C18)   Frechet distance of samples to the training images, in the features of the shipped classifier
   least (C19)     the least number of steps whose distance is within 5 % of the same method's with a thousand
-A method's images with different steps, and all methods' images, come from the same noise, so that their differences are
-known better than they are. Writes results/few_steps.csv, .md and .png.
+A method's images with different steps, and all methods' images, come from the same noise, so that their differences
+(here, from those of residual) are known better than they are. Writes results/few_steps.csv, .md and .png.
 
 Stop it whenever you like. What has been drawn stays in --runs, a table row for a row of images, and a larger --images
 draws only those that are missing; the table is brought up to date after every row.
@@ -27,7 +27,7 @@ from experiments.tables import markdown_table
 from nn.backend import keep_freed_memory
 
 STEPS = (5, 10, 15, 20, 25, 30, 45, 50, 90, 100, 200, 1000)
-STRATA, CLOSE = 16, 0.05
+STRATA, CLOSE, YARDSTICK = 16, 0.05, "residual"
 
 
 def main(argv=None):
@@ -58,8 +58,10 @@ def measured(bench, name, steps):
     """Everything that is measured of a method with so many steps."""
     features = bench.features(name, steps)
     frechet, error = jackknifed_frechet(features, *bench.real)
+    minus, minus_error = jackknifed_frechet(features, *bench.real, minus=bench.features(YARDSTICK, steps))
     row = {"data": bench.flags.data, "seed": bench.flags.seed, "method": name, "steps": steps,
-           "images": len(features), "frechet": frechet, "frechet_error": error}
+           "images": len(features), "frechet": frechet, "frechet_error": error, "minus": minus,
+           "minus_error": minus_error}
     if METHODS[name].variance:
         row |= bits(bench, name, steps)
     print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -110,6 +112,8 @@ def report(rows):
         images, tests = sorted({row["images"] for row in mine}), max(row.get("bits_images", 0) for row in mine)
         parts.append(f"## {name}\n\n{' or '.join(map(str, images))} samples of each, {tests} test images.\n\n"
                      + table(mine, "frechet", "frechet_error", "Frechet distance", 2) + "\n\n"
+                     + table([row for row in mine if row["method"] != YARDSTICK], "minus", "minus_error",
+                             f"minus that of {YARDSTICK}, from the same noise", 2) + "\n\n"
                      + table(mine, "bits_per_dim", "bits_error", "bits/dim", 2) + "\n\n" + least_table(mine))
     return "\n\n".join(parts) + "\n"
 

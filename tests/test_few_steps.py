@@ -76,3 +76,8 @@ def test_the_number_of_images_does_not_bias_the_distance():
     standard_error = free.std() / len(free)**0.5
     assert abs(free.mean() - truth) < 4 * standard_error < 0.2 * (plain.mean() - truth)
     assert 0.8 < errors.mean() / free.std() < 1.3           # and its error is the scatter
+    wider = 1.02 * draws[0]                                 # a difference of pairs is known far better than either
+    difference, error = jackknifed_frechet(wider, mu, cov, minus=draws[0])
+    assert error < 0.2 * errors[0]
+    apart = jackknifed_frechet(wider, mu, cov)[0] - jackknifed_frechet(draws[0], mu, cov)[0]
+    assert abs(difference - apart) < 1e-9 and jackknifed_frechet(draws[0], mu, cov, minus=draws[0]) == (0.0, 0.0)
