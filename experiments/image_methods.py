@@ -154,8 +154,13 @@ def methods_plot(rows, x, measures, xlabel, xscale="linear", xticks=None):
                                 lw=1.2, elinewidth=0.8, label=method)
             ax.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=label)
             if xticks:
-                ax.set_xticks(xticks, [str(tick) for tick in xticks], fontsize=7)
-                ax.minorticks_off()
+                ax.set_xticks(xticks, [str(tick) for tick in xticks])
+            if yscale == "log":
+                low, high = ax.get_ylim()
+                ticks = [digit * 10**power for power in range(-2, 4) for digit in (1, 2, 5)]
+                ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+                ax.yaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
         column[0].set(title=name)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig
