@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.commands import CommandParser, run_command
+from ddpm.errors import UserError
 from ddpm.metrics.features import jackknifed_frechet
 from experiments.image_methods import METHODS, Bench, add_flags, methods_plot, update_table
 from experiments.tables import markdown_table
@@ -24,8 +25,10 @@ SCALES, STEPS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0), 10
 def main(argv=None):
     """Train, draw, measure, write: whatever has not been done."""
     p = CommandParser(prog="python -m experiments.guidance", description=__doc__)
-    add_flags(p, images=200)
+    add_flags(p, images=100)
     flags = p.parse_args(argv)
+    if flags.images % 10 or flags.images < 40:
+        raise UserError(f"--images must be a multiple of the ten classes, from 40 up, got {flags.images}")
     keep_freed_memory()
     bench = Bench(flags)
     for scale in SCALES:
@@ -37,9 +40,10 @@ def main(argv=None):
 
 def measured(bench, name, scale):
     """Distance and accuracy of a method's samples at one scale."""
-    labels = np.arange(bench.flags.images) % len(bench.dataset.label_names)
+    classes = len(bench.dataset.label_names)
+    labels = np.arange(bench.flags.images) % classes
     features = bench.features(name, STEPS, labels, scale)
-    frechet, error = jackknifed_frechet(features, *bench.real)
+    frechet, error = jackknifed_frechet(features, *bench.real, groups=len(features) // classes, block=classes)
     hits = bench.classes(features) == labels
     row = {"data": bench.flags.data, "seed": bench.flags.seed, "method": name, "steps": STEPS, "scale": scale,
            "images": len(features), "frechet": frechet, "frechet_error": error, "accuracy": float(hits.mean()),
@@ -66,7 +70,7 @@ def report(rows):
 
 def picture(rows):
     """Distance above, accuracy below, against the scale; a column for each data set."""
-    return methods_plot(rows, "scale", (("frechet", "frechet_error", "Frechet distance (classifier)", "log"),
+    return methods_plot(rows, "scale", (("frechet", "frechet_error", "Frechet distance (classifier)", "linear"),
                                         ("accuracy", "accuracy_error", "taken for what was asked", "linear")),
                         xlabel="guidance scale")
 

@@ -77,6 +77,12 @@ def test_the_number_of_images_does_not_bias_the_distance():
     assert abs(free.mean() - truth) < 4 * standard_error < 0.2 * (plain.mean() - truth)
     assert 0.8 < errors.mean() / free.std() < 1.3           # and its error is the scatter
     wider = 1.02 * draws[0]                                 # a difference of pairs is known far better than either
+    means = 5 * np.eye(F)                                   # classes in turn, 8 of them, 8 of each: balanced
+    mixed = np.cov(means.T, bias=True) + np.eye(F)
+    balanced = [rng.standard_normal((64, F)) + np.tile(means, (8, 1)) for _ in range(200)]
+    together, scattered = (np.array([jackknifed_frechet(x, means.mean(axis=0), mixed, groups=8, block=block)[0]
+                                     for x in balanced]) for block in (F, 1))
+    assert abs(together.mean()) < 0.1 < 0.3 < abs(scattered.mean())
     difference, error = jackknifed_frechet(wider, mu, cov, minus=draws[0])
     assert error < 0.2 * errors[0]
     apart = jackknifed_frechet(wider, mu, cov)[0] - jackknifed_frechet(draws[0], mu, cov)[0]

@@ -61,19 +61,21 @@ def classifier_frechet(classifier, images, others):
     return frechet_distance(*moments(image_features(classifier, images)), *moments(image_features(classifier, others)))
 
 
-def jackknifed_frechet(features, mu, cov, groups=16, minus=None):
+def jackknifed_frechet(features, mu, cov, groups=16, minus=None, block=1):
     """Frechet distance of features (N, F) to N(mu, cov) without the bias of a small N, and its standard error (C18).
 
     With `minus`, the features of as many other images, it is the difference of the two distances. Where image i of both
-    comes from the same noise, the error of the difference is far smaller than that of either.
+    comes from the same noise, the error of the difference is far smaller than that of either. `block` images in a row
+    stay together: the number of classes where they come in turn, since balanced samples scatter less than independent
+    ones, and the parts that are left out have to be balanced too.
 
     The bias of a distance between estimated moments falls as 1/N. Leaving out each of `groups` interleaved parts in
     turn shows it: with d the distance of all features and d_i that without part i, groups d - (groups-1) mean d_i is
-    free of it to first order, and the scatter of the d_i is the error. ValueError for fewer than 2 features a part,
-    and for a `minus` of another shape.
+    free of it to first order, and the scatter of the d_i is the error. ValueError for fewer than 2 features, or
+    a block, in a part, and for a `minus` of another shape.
     """
-    if len(features) < 2 * groups:
-        raise ValueError(f"jackknifed_frechet needs at least {2 * groups} features for {groups} parts, "
+    if len(features) < max(2, block) * groups:
+        raise ValueError(f"jackknifed_frechet needs at least {max(2, block) * groups} features for {groups} parts, "
                          f"got {len(features)}")
     if minus is not None and minus.shape != features.shape:
         raise ValueError(f"jackknifed_frechet: minus must be as many features, {features.shape}, got {minus.shape}")
@@ -82,8 +84,8 @@ def jackknifed_frechet(features, mu, cov, groups=16, minus=None):
         found = frechet_distance(*moments(features[rows]), mu, cov)
         return found if minus is None else found - frechet_distance(*moments(minus[rows]), mu, cov)
     every = np.arange(len(features))
-    whole = distance(every)
-    without = np.array([distance(every[every % groups != i]) for i in range(groups)])
+    part = every // block % groups
+    whole, without = distance(every), np.array([distance(every[part != i]) for i in range(groups)])
     error = ((groups - 1) / groups * ((without - without.mean())**2).sum())**0.5
     return groups * whole - (groups - 1) * float(without.mean()), float(error)
 
