@@ -162,5 +162,6 @@ def methods_plot(rows, x, measures, xlabel, xscale="linear", xticks=None):
                 ax.yaxis.set_major_formatter("{x:g}")
             ax.minorticks_off()
         column[0].set(title=name)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    shown = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(shown.values(), shown, loc="outside lower center", ncols=5)
     return fig
